@@ -1,0 +1,45 @@
+"""Async multiplexed RPC on trio: many calls in one message, and a link that is kept full."""
+
+from druvarpc.client import Client, connect
+from druvarpc.club import Club, Part, Reply
+from druvarpc.dispatch import CurrentCall, current_call
+from druvarpc.errors import (
+    ConnectionLost,
+    LocalProtocolError,
+    ProtocolError,
+    RemoteProtocolError,
+    RpcError,
+    Status,
+)
+from druvarpc.protocol import Clubbing, Limits, Priority
+from druvarpc.server import Server, serve
+from druvarpc.service import Service, rpc
+from druvarpc.statistics import Statistics
+from druvarpc.windowed import windowed
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Client",
+    "Club",
+    "Clubbing",
+    "ConnectionLost",
+    "CurrentCall",
+    "Limits",
+    "LocalProtocolError",
+    "Part",
+    "Priority",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "Reply",
+    "RpcError",
+    "Server",
+    "Service",
+    "Statistics",
+    "Status",
+    "connect",
+    "current_call",
+    "rpc",
+    "serve",
+    "windowed",
+]

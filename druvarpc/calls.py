@@ -1,0 +1,415 @@
+"""Calls as their callers see them: started, waited for, failed, abandoned.
+
+A unary call costs neither a task nor a scope: the caller's own task sleeps until the reply's event
+wakes it, and when it is cancelled instead, the call is reset. A streaming call has a `Pipe`; only a
+bidirectional one needs a task of its own, in the client's nursery, that sends while its caller
+receives.
+"""
+
+import math
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
+from typing import Any, Final
+
+import msgspec
+import trio
+from trio.lowlevel import Abort, RaiseCancelT, Task
+
+from druvarpc.errors import ConnectionLost, LocalProtocolError, RpcError, Status
+from druvarpc.protocol import (
+    Event,
+    GoAwayReceived,
+    Outcome,
+    Priority,
+    Readable,
+    Reference,
+    RepliesReceived,
+    Stalled,
+    Stream,
+    Writable,
+)
+from druvarpc.service import Cardinality, Method
+from druvarpc.session import Pipe, Session
+from druvarpc.statistics import Totals
+
+# A server's DEADLINE_EXCEEDED that comes so close to the caller's own deadline, in seconds, is the
+# same event seen from the other side: the caller's scope is left to tell of it.
+_SAME_DEADLINE: Final = 0.05
+
+
+class Call(Stream):
+    """A call of a client.
+
+    Attributes:
+        task: what sleeps until the reply comes.
+        done: the reply has come, or the call has failed here.
+        result: payload of the reply.
+        outcome: what the reply says beside it.
+        error: why the call failed here.
+        pipe: the data of a streaming call.
+        on_done: called when the call is done.
+    """
+
+    __slots__ = ("calls", "done", "error", "on_done", "outcome", "pipe", "result", "task")
+
+    def __init__(
+        self,
+        calls: "Calls",
+        method: str,
+        payload: bytes,
+        *,
+        more: bool = False,
+        lane: Priority = Priority.NORMAL,
+        metadata: tuple[tuple[str, str | bytes], ...] = (),
+        references: tuple[Reference, ...] = (),
+    ) -> None:
+        deadline = trio.current_effective_deadline()
+        super().__init__(
+            method,
+            payload,
+            more=more,
+            lane=lane,
+            deadline=None if deadline == math.inf else deadline,
+            metadata=metadata,
+            references=references,
+        )
+        self.calls = calls
+        self.task: Task | None = None
+        self.done = False
+        self.result: bytes | None = None
+        self.outcome: Outcome | None = None
+        self.error: Exception | None = None
+        self.pipe: Pipe | None = None
+        self.on_done: Callable[[], None] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the call has ended otherwise than with OK."""
+        return self.error is not None or (self.outcome is not None and self.outcome.status != 0)
+
+    def finish(self) -> None:
+        """Note that the call is done, and wake who waits for it."""
+        self.done = True
+        if self.task is not None:
+            trio.lowlevel.reschedule(self.task)
+            self.task = None
+        if self.pipe is not None:
+            self.pipe.readable()
+            self.pipe.writable()
+        if self.on_done is not None:
+            self.on_done()
+
+    def cancelled(self, _: RaiseCancelT) -> Abort:
+        """Abandon the call, since the task that waits for it is cancelled."""
+        self.task = None
+        self.calls.abandon(self)
+        return Abort.SUCCEEDED
+
+
+class Calls:
+    """The calls of one connection.
+
+    Args:
+        session: the connection.
+        nursery: where bidirectional calls send from; it ends with the client.
+        totals: where to count.
+    """
+
+    def __init__(self, session: Session, nursery: trio.Nursery, totals: Totals) -> None:
+        self.session = session
+        self.nursery = nursery
+        self._totals = totals
+        self._active: dict[Call, None] = {}
+
+    def submit(self, *calls: Call, club: bool = False) -> None:
+        """Send calls; as one club, if that is asked for.
+
+        Raises:
+            ConnectionLost: the connection has ended or takes no more calls.
+            RpcError: INVALID_ARGUMENT, the calls can't be sent.
+        """
+        session = self.session
+        if session.ended or not session.core.accepts_calls:
+            error = session.lost()
+            error.not_started = True
+            raise error
+        try:
+            if club:
+                session.core.club(calls)
+            else:
+                for call in calls:
+                    session.core.call(call, trio.current_time())
+        except LocalProtocolError as error:
+            raise RpcError(Status.INVALID_ARGUMENT, str(error)) from error
+        for call in calls:
+            self._active[call] = None
+        self._totals.calls_started += len(calls)
+        self._totals.calls_active += len(calls)
+        session.flush()
+
+    def abandon(self, call: Call) -> None:
+        """Reset a call if it hasn't ended, and drop what hasn't been read of it."""
+        session, now = self.session, trio.current_time()
+        if call in self._active:
+            self._end(call)
+        passed = call.deadline is not None and now >= call.deadline
+        session.core.reset(call, now, Status.DEADLINE_EXCEEDED if passed else Status.CANCELLED)
+        if session.core.wants_to_send:
+            session.flush()
+
+    def fail(self, call: Call, error: Exception) -> None:
+        """End a call here, with an error."""
+        if call in self._active:
+            self._end(call)
+            self._totals.calls_failed += 1
+            call.error = error
+            call.finish()
+
+    def fail_all(self) -> None:
+        """End all calls, since the connection has ended."""
+        for call in list(self._active):
+            self.fail(call, self.session.lost())
+
+    def handle(self, event: Event) -> None:
+        """Do what an event of the connection's demands."""
+        if isinstance(event, RepliesReceived):
+            for stream, payload, outcome in event.replies:
+                assert isinstance(stream, Call)
+                self._end(stream)
+                stream.result = payload
+                if outcome is not None:
+                    stream.outcome = outcome
+                    if outcome.status:
+                        self._totals.calls_failed += 1
+                stream.finish()
+        elif isinstance(event, Readable):
+            self._readable(event.stream)
+        elif isinstance(event, Writable):
+            assert isinstance(event.stream, Call)
+            if event.stream.pipe is not None:
+                event.stream.pipe.writable()
+        elif isinstance(event, GoAwayReceived):
+            for stream in event.refused:
+                assert isinstance(stream, Call)
+                reason = event.message or "the server goes away"
+                self.fail(stream, ConnectionLost(reason, not_started=True))
+            if event.code:
+                self.session.fail(f"the server closed the connection: {event.message}")
+        elif isinstance(event, Stalled):
+            assert isinstance(event.stream, Call)
+            self.fail(
+                event.stream, RpcError(Status.ABORTED, "the server took no data for too long")
+            )
+            self.abandon(event.stream)
+
+    def _readable(self, call: Stream) -> None:
+        assert isinstance(call, Call)
+        if call.pipe is not None:
+            call.pipe.readable()
+        elif self.session.core.incoming(call).too_long:
+            # Its reply won't come: the server waits for credit that isn't given any more.
+            most = self.session.core.limits.max_message
+            message = f"{call.method}: a result of more than {most} bytes"
+            self.fail(call, RpcError(Status.RESOURCE_EXHAUSTED, message))
+            self.abandon(call)
+
+    async def wait(self, call: Call) -> None:
+        """Wait until a call is done; cancelled, abandon it."""
+        if call.done:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            call.task = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(call.cancelled)
+
+    async def check(self, call: Call) -> None:
+        """Raise the error of a call that has failed."""
+        if call.error is not None:
+            raise call.error
+        outcome = call.outcome
+        if outcome is None or not outcome.status:
+            return
+        near = call.deadline is not None and call.deadline - trio.current_time() < _SAME_DEADLINE
+        if outcome.status == Status.DEADLINE_EXCEEDED and near:
+            assert call.deadline is not None
+            await trio.sleep_until(call.deadline)
+        raise RpcError(
+            outcome.status,
+            outcome.message,
+            _details(outcome.details),
+            not_started=outcome.not_started,
+        )
+
+    async def result(self, call: Call) -> bytes:
+        """Wait for a unary call; return the payload of its reply."""
+        await self.wait(call)
+        if call.failed:
+            await self.check(call)
+        if call.result is not None:
+            return call.result
+        # Too large for a reply, it came as data.
+        payload = self.session.core.take(call, trio.current_time())
+        self.abandon(call)
+        if payload is None:
+            raise RpcError(Status.INTERNAL, f"{call.method}: the reply has no result")
+        return payload
+
+    def _end(self, call: Call) -> None:
+        del self._active[call]
+        self._totals.calls_active -= 1
+
+    # The four cardinalities.
+
+    async def unary(self, method: Method, options: "Options", payload: bytes) -> Any:
+        """Make a unary call."""
+        call = Call(self, method.name, payload, lane=options.lane, metadata=options.metadata)
+        self.submit(call)
+        return method.decode_result(await self.result(call))
+
+    async def upload(
+        self, method: Method, options: "Options", payload: bytes, source: AsyncIterable[Any]
+    ) -> Any:
+        """Make a client-streaming call."""
+        call = self._open(method, options, payload, more=True)
+        try:
+            with trio.CancelScope() as sending:
+                # A reply that comes early ends the sending; it is the caller's own task that sends.
+                call.on_done = sending.cancel
+                await self._send_all(call, method, source)
+            call.on_done = None
+            return method.decode_result(await self.result(call))
+        finally:
+            call.on_done = None
+            self.abandon(call)
+
+    async def download(
+        self, method: Method, options: "Options", payload: bytes
+    ) -> AsyncGenerator[Any, None]:
+        """Make a server-streaming call, which begins with the first item that is asked for."""
+        call = self._open(method, options, payload, more=False)
+        try:
+            assert call.pipe is not None
+            while (message := await call.pipe.receive()) is not None:
+                yield method.decode_response(message)
+            await self._check_end(call)
+        finally:
+            self.abandon(call)
+
+    async def exchange(
+        self, method: Method, options: "Options", payload: bytes, source: AsyncIterable[Any]
+    ) -> AsyncGenerator[Any, None]:
+        """Make a bidirectional call, which begins with the first item that is asked for."""
+        call = self._open(method, options, payload, more=True)
+        sending, sent = trio.CancelScope(), trio.Event()
+        self.nursery.start_soon(self._send_beside, call, method, source, sending, sent)
+        try:
+            assert call.pipe is not None
+            while (message := await call.pipe.receive()) is not None:
+                yield method.decode_response(message)
+            await self._check_end(call)
+        finally:
+            self.abandon(call)
+            sending.cancel()
+            with trio.CancelScope(shield=True):
+                await sent.wait()
+
+    def _open(self, method: Method, options: "Options", payload: bytes, *, more: bool) -> Call:
+        call = Call(
+            self, method.name, payload, more=more, lane=options.lane, metadata=options.metadata
+        )
+        call.pipe = Pipe(self.session, call)
+        self.submit(call)
+        return call
+
+    async def _send_all(self, call: Call, method: Method, source: AsyncIterable[Any]) -> None:
+        assert call.pipe is not None
+        async for item in source:
+            if not await call.pipe.send(method.encode_request(item)):
+                return
+        if self.session.core.can_send(call):
+            self.session.core.end(call)
+            self.session.flush()
+
+    async def _send_beside(
+        self,
+        call: Call,
+        method: Method,
+        source: AsyncIterable[Any],
+        sending: trio.CancelScope,
+        sent: trio.Event,
+    ) -> None:
+        try:
+            with sending:
+                await self._send_all(call, method, source)
+        except Exception as error:
+            # The caller's own iterator failed, in a task that the caller can't see: it is raised
+            # where the call's items are received.
+            self.fail(call, error)
+            self.abandon(call)
+        finally:
+            sent.set()
+
+    async def _check_end(self, call: Call) -> None:
+        await self.wait(call)
+        await self.check(call)
+
+
+class Options:
+    """What a stub adds to each of its calls."""
+
+    __slots__ = ("lane", "metadata")
+
+    def __init__(self, lane: Priority, metadata: tuple[tuple[str, str | bytes], ...]) -> None:
+        self.lane = lane
+        self.metadata = metadata
+
+
+class StubMethod:
+    """A method of a stub: calling it makes the call."""
+
+    __slots__ = ("calls", "method", "options")
+
+    def __init__(self, calls: Calls, method: Method, options: Options) -> None:
+        self.calls = calls
+        self.method = method
+        self.options = options
+
+    def __repr__(self) -> str:
+        return f"<stub of {self.method.name}>"
+
+    def __call__(
+        self, *args: Any, **kwargs: Any
+    ) -> Coroutine[Any, Any, Any] | AsyncGenerator[Any, None]:
+        """Make the call.
+
+        Raises:
+            TypeError: the arguments are not those of the method.
+            RpcError: INVALID_ARGUMENT, an argument can't be encoded.
+        """
+        method, calls = self.method, self.calls
+        payload, source = method.encode_call(args, kwargs)
+        if method.cardinality is Cardinality.UNARY_UNARY:
+            return calls.unary(method, self.options, payload)
+        if source is None:
+            return calls.download(method, self.options, payload)
+        if method.cardinality is Cardinality.STREAM_UNARY:
+            return calls.upload(method, self.options, payload, source)
+        return calls.exchange(method, self.options, payload, source)
+
+
+def stub_method(method: object) -> StubMethod:
+    """Return `method` as what it is at run time, a stub's method.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(method, StubMethod):
+        raise TypeError(f"{method!r} is not a method of a stub")
+    return method
+
+
+def _details(details: bytes | None) -> object:
+    if details is None:
+        return None
+    try:
+        return msgspec.msgpack.decode(details)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return None

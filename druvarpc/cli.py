@@ -1,0 +1,32 @@
+"""The command `druvarpc`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import trio
+
+from druvarpc import RpcError, __version__, connect
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="druvarpc", description="Talk to a druvarpc server.")
+    parser.add_argument("--version", action="version", version=f"druvarpc {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    ping = commands.add_parser("ping", help="measure the round trip to a server")
+    ping.add_argument("url", help="tcp://host:port or unix:///path")
+    ping.add_argument("--count", type=int, default=4, help="how often (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        trio.run(_ping, options.url, options.count)
+    except (RpcError, ValueError) as error:
+        print(f"druvarpc: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _ping(url: str, count: int) -> None:
+    async with connect(url) as client:
+        for _ in range(count):
+            print(f"{url}: {await client.ping() * 1000:.3f} ms")

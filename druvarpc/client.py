@@ -1,0 +1,202 @@
+"""The client: a connection, and stubs of services on it."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Final, TypeVar
+
+import trio
+
+from druvarpc.calls import Calls, Options, StubMethod
+from druvarpc.club import Club
+from druvarpc.errors import ConnectionLost
+from druvarpc.protocol import (
+    Clubbing,
+    Connection,
+    Event,
+    Limits,
+    PongReceived,
+    Priority,
+    SettingsReceived,
+)
+from druvarpc.service import Service, methods_of
+from druvarpc.session import Session
+from druvarpc.statistics import Statistics, Totals
+from druvarpc.transports import Transport, open_transport, parse_address
+
+S = TypeVar("S", bound=Service)
+Metadata = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
+
+CONNECT_TIMEOUT: Final = 10.0
+
+
+class Client:
+    """A server, as its client sees it. Made by `connect`.
+
+    Its methods may be used by any number of tasks at once.
+    """
+
+    def __init__(self, core: Connection, transport: Transport, nursery: trio.Nursery) -> None:
+        self._session = Session(core, transport, self._handle)
+        self._totals = Totals()
+        self._calls = Calls(self._session, nursery, self._totals)
+        self._pongs = trio.lowlevel.ParkingLot()
+        self._settled = trio.Event()
+        self._ended = trio.Event()
+
+    def stub(
+        self,
+        service: type[S],
+        *,
+        metadata: Metadata = (),
+        priority: Priority = Priority.NORMAL,
+    ) -> S:
+        """Return an object with the service's methods, each of which calls the server.
+
+        Args:
+            service: the service's class.
+            metadata: sent with every call.
+            priority: the lane of every call.
+
+        Raises:
+            TypeError: `service` is no service, or an annotation of it can't be resolved.
+        """
+        pairs = metadata.items() if isinstance(metadata, Mapping) else metadata
+        options = Options(Priority(priority), tuple((key, value) for key, value in pairs))
+        # Not by calling the class: its constructor is the server's business.
+        stub = object.__new__(service)
+        for attribute, method in methods_of(service).items():
+            object.__setattr__(stub, attribute, StubMethod(self._calls, method, options))
+        return stub
+
+    @asynccontextmanager
+    async def club(self, *, raise_errors: bool = True) -> AsyncGenerator[Club, None]:
+        """Collect calls, and send them as one when the block ends.
+
+        Nothing is sent if the block raises. If it is cancelled while it waits for the replies, what
+        hasn't ended is abandoned.
+
+        Args:
+            raise_errors: raise what calls failed with; otherwise `Reply.value` does.
+
+        Raises:
+            ExceptionGroup: of the errors of the calls that failed.
+        """
+        club = Club(self._calls)
+        yield club
+        errors = await club.settle()
+        if errors and raise_errors:
+            raise ExceptionGroup("calls of a club failed", errors)
+
+    async def ping(self) -> float:
+        """Return the seconds that a round trip to the server takes now.
+
+        Raises:
+            ConnectionLost: the connection has ended.
+        """
+        start = trio.current_time()
+        if not self._session.ended:
+            self._session.core.ping(start)
+            self._session.flush()
+            await self._pongs.park()
+        if self._session.ended:
+            raise self._session.lost()
+        return trio.current_time() - start
+
+    def statistics(self) -> Statistics:
+        """Return what this client has done so far."""
+        return self._totals.with_open([] if self._session.ended else [self._session])
+
+    async def _run(self) -> None:
+        """Serve the connection until it ends, and fail the calls that are left."""
+        try:
+            await self._session.run()
+        finally:
+            self._totals.add(self._session)
+            self._calls.fail_all()
+            self._pongs.unpark_all()
+            self._settled.set()
+            self._ended.set()
+
+    async def _settle(self, timeout: float) -> None:
+        """Wait for the server's settings."""
+        with trio.move_on_after(timeout):
+            await self._settled.wait()
+        if self._session.ended:
+            raise ConnectionLost(self._session.lost().message, not_started=True)
+        if not self._settled.is_set():
+            raise ConnectionLost(f"no answer within {timeout:g} s", not_started=True)
+
+    async def _close(self) -> None:
+        """End the connection in good order."""
+        self._session.close(message="the client is closed")
+        await self._ended.wait()
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, SettingsReceived):
+            self._settled.set()
+        elif isinstance(event, PongReceived):
+            self._pongs.unpark_all()
+        else:
+            self._calls.handle(event)
+
+
+@asynccontextmanager
+async def connect(
+    address: str,
+    *,
+    clubbing: Clubbing = Clubbing(),
+    limits: Limits = Limits(),
+    connect_timeout: float = CONNECT_TIMEOUT,
+) -> AsyncGenerator[Client, None]:
+    """Connect to a server for the time of a block.
+
+    Leaving the block ends the connection: calls that other tasks still wait for raise
+    `ConnectionLost`.
+
+    Args:
+        address: "tcp://host:port" or "unix:///path".
+        clubbing: how calls gather.
+        limits: what this client accepts from the server.
+        connect_timeout: seconds until the server must have answered.
+
+    Raises:
+        ValueError: the address isn't one.
+        ConnectionLost: no druvarpc server answers there.
+    """
+    parsed = parse_address(address)
+    start = trio.current_time()
+    transport: Transport | None = None
+    with trio.move_on_after(connect_timeout):
+        transport = await open_transport(parsed)
+    if transport is None:
+        raise ConnectionLost(
+            f"can't connect to {parsed} within {connect_timeout:g} s", not_started=True
+        )
+    left = connect_timeout - (trio.current_time() - start)
+    async with connect_by(transport, clubbing=clubbing, limits=limits, timeout=left) as client:
+        yield client
+
+
+@asynccontextmanager
+async def connect_by(
+    transport: Transport, *, clubbing: Clubbing, limits: Limits, timeout: float
+) -> AsyncGenerator[Client, None]:
+    """Be a client on a transport, which is closed in the end; see `connect`."""
+    failure: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            core = Connection("client", now=trio.current_time(), limits=limits, clubbing=clubbing)
+            client = Client(core, transport, nursery)
+            nursery.start_soon(client._run)
+            await client._settle(timeout)
+            yield client
+            await client._close()
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        # The tasks of the nursery raise nothing, so a single exception is the block's own: it
+        # leaves as it is, and not wrapped for the sake of tasks that its author knows nothing of.
+        if len(group.exceptions) > 1:
+            raise
+        failure = group.exceptions[0]
+    if failure is not None:
+        raise failure

@@ -1,0 +1,194 @@
+"""Explicit clubs: calls that go out together and may use each other's results."""
+
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+from druvarpc.calls import Call, Calls, stub_method
+from druvarpc.errors import RpcError, Status
+from druvarpc.protocol import Reference
+from druvarpc.service import Cardinality, Method
+
+T = TypeVar("T")
+
+
+class Part:
+    """A part of a reply that isn't there yet, to be used as an argument of a later call.
+
+    Made by `reply["field"]`, `reply[0]` or `reply.field("name")`, and by the same on a part.
+    """
+
+    __slots__ = ("_path", "_reply")
+
+    def __init__(self, reply: "Reply[Any]", path: tuple[str | int, ...]) -> None:
+        self._reply = reply
+        self._path = path
+
+    def __getitem__(self, step: str | int) -> "Part":
+        if type(step) is not str and (type(step) is not int or step < 0):
+            raise TypeError(f"a part of a reply is a key or an index from 0, not {step!r}")
+        return Part(self._reply, (*self._path, step))
+
+    def __iter__(self) -> Any:
+        # Python would make an endless loop of __getitem__.
+        raise TypeError("a reply can't be iterated before it has come")
+
+    def field(self, name: str) -> "Part":
+        """Return the part that is a field of a dataclass or a key of a map."""
+        return self[name]
+
+    def reference(self, position: int, club: "Club") -> Reference:
+        """Return the reference that stands for this part as an argument of a call of `club`."""
+        return self._reply.index_in(club, position, self._path)
+
+
+class Reply(Part, Generic[T]):
+    """What one call of a club will return."""
+
+    __slots__ = ("_call", "_club", "_error", "_index", "_method", "_value")
+
+    def __init__(self, club: "Club", index: int, method: Method) -> None:
+        super().__init__(self, ())
+        self._club = club
+        self._index = index
+        self._method = method
+        self._call: Call | None = None
+        self._value: T | None = None
+        self._error: Exception | None = None
+
+    def __repr__(self) -> str:
+        return f"<reply {self._index} of a club, {self._method.name}>"
+
+    @property
+    def value(self) -> T:
+        """What the call returned.
+
+        Raises:
+            RuntimeError: the club's block hasn't ended.
+            RpcError: the call failed.
+        """
+        if not self._club.ended:
+            raise RuntimeError("a reply has no value before its club's block has ended")
+        if self._error is not None:
+            raise self._error
+        return self._value  # type: ignore[return-value]  # set when there is no error
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the call failed, None if it didn't, or hasn't ended."""
+        return self._error
+
+    def index_in(self, club: "Club", position: int, path: tuple[str | int, ...]) -> Reference:
+        """See `Part.reference`."""
+        if club is not self._club:
+            raise ValueError(f"{self!r} belongs to another club")
+        return Reference(position, self._index, path)
+
+    def begin(self, call: Call) -> None:
+        """Note the call that was made for this reply."""
+        self._call = call
+
+    async def settle(self, calls: Calls) -> None:
+        """Wait for the call, and keep what it returned or why it failed."""
+        if self._error is not None:
+            return
+        assert self._call is not None
+        try:
+            self._value = self._method.decode_result(await calls.result(self._call))
+        except RpcError as error:
+            self._error = error
+
+    def fail(self, error: Exception) -> None:
+        """Note that the call couldn't be made."""
+        self._error = error
+
+
+class Club:
+    """Calls that go out in one frame when the block of `Client.club` ends.
+
+    Attributes:
+        ended: every reply is settled.
+    """
+
+    def __init__(self, calls: Calls) -> None:
+        self.ended = False
+        self._calls = calls
+        self._begun: list[tuple[Reply[Any], Call]] = []
+
+    def call(
+        self, method: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any
+    ) -> Reply[T]:
+        """Add a call of a stub's unary method; arguments may be replies, or parts of replies.
+
+        Raises:
+            TypeError: `method` is no unary method of a stub, or the arguments are not its own.
+            ValueError: the stub or a reply belongs to somebody else.
+            RpcError: INVALID_ARGUMENT, an argument can't be encoded.
+            RuntimeError: the club's block has ended.
+        """
+        if self.ended:
+            raise RuntimeError("the club's block has ended")
+        stub = stub_method(method)
+        row = stub.method
+        if row.cardinality is not Cardinality.UNARY_UNARY:
+            raise TypeError(f"{row.name} streams; a club is of unary calls")
+        if stub.calls is not self._calls:
+            raise ValueError(f"{stub!r} belongs to another client")
+        arguments, _ = row.bind(args, kwargs)
+        references = tuple(
+            argument.reference(position, self)
+            for position, argument in enumerate(arguments)
+            if isinstance(argument, Part)
+        )
+        payload = row.encode_arguments(
+            tuple(None if isinstance(one, Part) else one for one in arguments)
+        )
+        reply: Reply[T] = Reply(self, len(self._begun), row)
+        call = Call(
+            self._calls,
+            row.name,
+            payload,
+            lane=stub.options.lane,
+            metadata=stub.options.metadata,
+            references=references,
+        )
+        reply.begin(call)
+        self._begun.append((reply, call))
+        return reply
+
+    async def settle(self) -> list[Exception]:
+        """Send the calls, wait for all replies and return the errors; cancelled, abandon them."""
+        try:
+            self._submit()
+            for reply, _ in self._begun:
+                await reply.settle(self._calls)
+        finally:
+            for _, call in self._begun:
+                self._calls.abandon(call)
+        self.ended = True
+        return [reply.error for reply, _ in self._begun if reply.error is not None]
+
+    def _submit(self) -> None:
+        """Send the calls in as few frames as the server's limits allow."""
+        peer = self._calls.session.core.peer
+        most = min(peer.max_club, peer.max_calls)
+        for start in range(0, len(self._begun), most):
+            part = self._begun[start : start + most]
+            try:
+                self._calls.submit(
+                    *(_shift(call, start, part[0][1]) for _, call in part), club=True
+                )
+            except RpcError as error:
+                for reply, _ in part:
+                    reply.fail(error)
+
+
+def _shift(call: Call, start: int, first: Call) -> Call:
+    """Make a call one of the part of the club that begins with `first`, at index `start`."""
+    call.lane = first.lane
+    call.references = tuple(one._replace(call=one.call - start) for one in call.references)
+    if any(reference.call < 0 for reference in call.references):
+        raise RpcError(
+            Status.INVALID_ARGUMENT,
+            f"{call.method}: refers to a call that is too far ahead to go out in the same frame",
+        )
+    return call

@@ -1,0 +1,392 @@
+"""One connection's calls on the server: a pool of tasks that runs their handlers.
+
+Calls wait in a queue and are taken by workers. A worker runs one handler after the other without
+giving up its turn as long as they don't block; before it begins one it sees to it that another
+worker has been woken if calls still wait, so that a handler that blocks delays nobody. Quick
+handlers therefore cost no task and no switch each, and each that blocks has a task.
+
+A worker runs its handlers in one cancel scope, whose deadline is that of the call; once that scope
+has been cancelled, for a call's sake, the worker makes another. Each handler runs in a copy of the
+context, so that what it sets in context variables doesn't reach the next one.
+"""
+
+import logging
+import math
+import types
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
+from contextlib import aclosing, nullcontext
+from contextvars import Context, ContextVar, copy_context
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import msgspec
+import trio
+from trio.lowlevel import Abort, RaiseCancelT, Task
+
+from druvarpc.errors import LocalProtocolError, RpcError, Status
+from druvarpc.protocol import (
+    CallsReceived,
+    Connection,
+    Event,
+    GoAwayReceived,
+    Outcome,
+    Readable,
+    ResetReceived,
+    Stalled,
+    State,
+    Stream,
+    Writable,
+)
+from druvarpc.service import Cardinality, Method, Service, implementation_of, methods_of
+from druvarpc.session import Pipe, Session
+from druvarpc.statistics import Totals
+from druvarpc.transports import Transport
+
+logger = logging.getLogger("druvarpc")
+
+T = TypeVar("T")
+
+# Tasks that a connection keeps for the next calls; a task more or less costs some 10 µs.
+MAX_IDLE: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class CurrentCall:
+    """The call that a handler runs for.
+
+    Attributes:
+        method: "Service.method".
+        peer: the caller's address.
+        identity: who the caller is; None without authentication.
+        metadata: what the caller sent along; of equal keys, the last.
+        deadline: in trio's clock; infinite without one.
+    """
+
+    method: str
+    peer: str
+    identity: object
+    metadata: Mapping[str, str | bytes]
+    deadline: float
+
+
+_current: ContextVar[tuple["Dispatcher", Stream]] = ContextVar("druvarpc_current_call")
+
+
+def current_call() -> CurrentCall:
+    """Return the call that the running handler, or a task that it started, works for.
+
+    Raises:
+        LookupError: there is none.
+    """
+    try:
+        dispatcher, call = _current.get()
+    except LookupError:
+        raise LookupError("no handler of a call is running here") from None
+    return CurrentCall(
+        method=call.method,
+        peer=dispatcher.session.transport.peer,
+        identity=None,
+        metadata=dict(call.metadata),
+        deadline=math.inf if call.deadline is None else call.deadline,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What answers a method: its row, and the bound function, None if it isn't implemented."""
+
+    method: Method
+    handler: Callable[..., Any] | None
+
+
+def dispatch_table(services: Sequence[Service]) -> dict[str, Entry]:
+    """Return the methods of services by their names on the wire.
+
+    Raises:
+        TypeError: one of them is no service.
+        ValueError: two have a method of the same name.
+    """
+    table: dict[str, Entry] = {}
+    for service in services:
+        if not isinstance(service, Service):
+            raise TypeError(f"{service!r} is not a druvarpc.Service")
+        for method in methods_of(type(service)).values():
+            if method.name in table:
+                raise ValueError(f"two services have the method {method.name}")
+            table[method.name] = Entry(method, implementation_of(service, method))
+    return table
+
+
+class Requests(AsyncIterator[Any]):
+    """The stream that a handler receives."""
+
+    def __init__(self, method: Method, pipe: Pipe) -> None:
+        self._method = method
+        self._pipe = pipe
+
+    async def __anext__(self) -> Any:
+        message = await self._pipe.receive()
+        if message is None:
+            raise StopAsyncIteration
+        return self._method.decode_request(message)
+
+
+class _Worker:
+    """A task of the pool.
+
+    Attributes:
+        scope: what its handlers run in.
+        call: what it works for, as long as that isn't replied to.
+        pipe: the call's data, if it streams.
+        stopped: why the call was cancelled by somebody else than its deadline.
+    """
+
+    __slots__ = ("call", "pipe", "scope", "stopped")
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.call: Stream | None = None
+        self.pipe: Pipe | None = None
+        self.stopped: Outcome | None = None
+
+    def stop(self, outcome: Outcome) -> None:
+        """Cancel the handler."""
+        self.stopped = outcome
+        self.scope.cancel()
+
+
+class Dispatcher:
+    """The calls of one connection.
+
+    Args:
+        table: what answers which method.
+        core: the connection's protocol.
+        transport: its bytes.
+        nursery: where handlers run; cancelled with the connection.
+        totals: where to count.
+
+    Attributes:
+        session: the connection.
+    """
+
+    def __init__(
+        self,
+        table: Mapping[str, Entry],
+        core: Connection,
+        transport: Transport,
+        nursery: trio.Nursery,
+        totals: Totals,
+    ) -> None:
+        self.session = Session(core, transport, self._handle)
+        self._core = core
+        self._table = table
+        self._nursery = nursery
+        self._totals = totals
+        self._queue: deque[Stream] = deque()
+        self._idle: list[Task] = []
+        self._waking = False
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, CallsReceived):
+            self._totals.calls_started += len(event.calls)
+            self._totals.calls_active += len(event.calls)
+            self._queue.extend(event.calls)
+            self._wake()
+        elif isinstance(event, ResetReceived):
+            self._stop(event.stream, Outcome(Status.CANCELLED))
+        elif isinstance(event, Stalled):
+            self._stop(
+                event.stream, Outcome(Status.ABORTED, "the caller took no data for too long")
+            )
+        elif isinstance(event, Readable):
+            if isinstance(event.stream.token, _Worker) and event.stream.token.pipe is not None:
+                event.stream.token.pipe.readable()
+        elif isinstance(event, Writable):
+            if isinstance(event.stream.token, _Worker) and event.stream.token.pipe is not None:
+                event.stream.token.pipe.writable()
+        elif isinstance(event, GoAwayReceived) and event.code:
+            self.session.fail(f"the client closed the connection: {event.message}")
+
+    def _stop(self, call: Stream, outcome: Outcome) -> None:
+        worker = call.token
+        if isinstance(worker, _Worker) and worker.call is call:
+            worker.stop(outcome)
+        elif call.final is None and call.state is not State.CLOSED:
+            # Its handler hasn't begun; where the queue is read it is passed over.
+            self._reply(call, None, outcome)
+
+    # The pool.
+
+    def _wake(self) -> None:
+        """See to it that a worker is on its way to the queue."""
+        if self._waking:
+            return
+        self._waking = True
+        if self._idle:
+            trio.lowlevel.reschedule(self._idle.pop())
+        else:
+            self._nursery.start_soon(self._work)
+
+    async def _work(self) -> None:
+        self._waking = False
+        worker = _Worker()
+        busy = True
+        while busy:
+            try:
+                with trio.CancelScope() as worker.scope:
+                    busy = await self._run_calls(worker)
+            except Exception as error:
+                # What a handler's tasks raised while it was being cancelled.
+                self._failed(worker, error)
+            call = worker.call
+            if call is not None:
+                late = Outcome(Status.DEADLINE_EXCEEDED, "the deadline passed")
+                self._end(worker, call, None, worker.stopped or late)
+            worker.stopped = None
+
+    async def _run_calls(self, worker: _Worker) -> bool:
+        """Run what is in the queue; return whether there is more to do, in a new scope."""
+        queue = self._queue
+        while True:
+            while not queue:
+                if len(self._idle) >= MAX_IDLE:
+                    return False
+                task = trio.lowlevel.current_task()
+                self._idle.append(task)
+                await trio.lowlevel.wait_task_rescheduled(partial(self._leave, task))
+                self._waking = False
+            call = queue.popleft()
+            if queue:
+                self._wake()
+            if call.final is not None or call.state not in (State.OPEN, State.CALLED):
+                continue
+            await self._run_call(worker, call)
+            if worker.stopped is not None or (
+                call.deadline is not None and worker.scope.cancel_called
+            ):
+                return True
+
+    def _leave(self, task: Task, _: RaiseCancelT) -> Abort:
+        if task in self._idle:
+            self._idle.remove(task)
+        return Abort.SUCCEEDED
+
+    async def _run_call(self, worker: _Worker, call: Stream) -> None:
+        worker.call = call
+        call.token = worker
+        if call.deadline is not None:
+            if call.deadline <= trio.current_time():
+                late = Outcome(Status.DEADLINE_EXCEEDED, "the deadline passed", not_started=True)
+                self._end(worker, call, None, late)
+                return
+            worker.scope.deadline = call.deadline
+        entry = self._table.get(call.method)
+        if entry is None or entry.handler is None:
+            outcome = Outcome(Status.UNIMPLEMENTED, f"{call.method} is not implemented")
+            self._end(worker, call, None, outcome)
+        else:
+            context = copy_context()
+            context.run(_current.set, (self, call))
+            try:
+                payload = await _in_context(context, self._answer(worker, entry, call))
+            except Exception as error:
+                self._failed(worker, error)
+            else:
+                self._end(worker, call, payload, None)
+        if call.deadline is not None:
+            worker.scope.deadline = math.inf
+
+    async def _answer(self, worker: _Worker, entry: Entry, call: Stream) -> bytes | None:
+        """Run a handler; return the payload of the reply, None for a streaming method."""
+        method, handler = entry.method, entry.handler
+        assert handler is not None
+        assert call.payload is not None
+        arguments = method.decode_call(call.payload)
+        call.payload = None
+        if method.cardinality is Cardinality.UNARY_UNARY:
+            return method.encode_result(await handler(*arguments))
+        worker.pipe = pipe = Pipe(self.session, call)
+        if method.stream_position is not None:
+            arguments.insert(method.stream_position, Requests(method, pipe))
+        if method.cardinality is Cardinality.STREAM_UNARY:
+            return method.encode_result(await handler(*arguments))
+        items = handler(*arguments)
+        async with aclosing(items) if hasattr(items, "aclose") else nullcontext():
+            async for item in items:
+                if not await pipe.send(method.encode_response(item)):
+                    break
+        return None
+
+    # How calls end.
+
+    def _failed(self, worker: _Worker, error: Exception) -> None:
+        call = worker.call
+        assert call is not None
+        found = _rpc_error(error)
+        if found is None:
+            logger.error("%s: the handler failed", call.method, exc_info=error)
+            outcome = Outcome(Status.INTERNAL, "the server failed")
+        else:
+            outcome = Outcome(
+                found.status,
+                found.message,
+                _encode_details(call.method, found.details),
+                not_started=found.not_started,
+            )
+        self._end(worker, call, None, outcome)
+
+    def _end(
+        self, worker: _Worker, call: Stream, payload: bytes | None, outcome: Outcome | None
+    ) -> None:
+        worker.call = worker.pipe = None
+        call.token = None
+        self._reply(call, payload, outcome)
+
+    def _reply(self, call: Stream, payload: bytes | None, outcome: Outcome | None) -> None:
+        self._totals.calls_active -= 1
+        if outcome is not None and outcome.status:
+            self._totals.calls_failed += 1
+        now = trio.current_time()
+        try:
+            self._core.reply(call, now, payload, outcome)
+        except LocalProtocolError as error:
+            logger.error("%s: the reply can't be sent: %s", call.method, error)  # noqa: TRY400 - no traceback of ours
+            self._core.reply(call, now, None, Outcome(Status.INTERNAL, "the server failed"))
+        # Calls of a club that waited for this one may be ready.
+        self.session.handle_events()
+
+
+@types.coroutine
+def _in_context(context: Context, coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+    """Await a coroutine whose every step runs in `context`."""
+    try:
+        trap = context.run(coroutine.send, None)
+        while True:
+            try:
+                value = yield trap
+            except BaseException as error:
+                trap = context.run(coroutine.throw, error)
+            else:
+                trap = context.run(coroutine.send, value)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+def _rpc_error(error: BaseException) -> RpcError | None:
+    """Return the RpcError that `error` is, or is alone in: nurseries wrap what they let through."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error if isinstance(error, RpcError) else None
+
+
+def _encode_details(method: str, details: object) -> bytes | None:
+    if details is None:
+        return None
+    try:
+        return msgspec.msgpack.encode(details)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        logger.error("%s: an error's details can't be sent: %s", method, error)  # noqa: TRY400 - likewise
+        return None

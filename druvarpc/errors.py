@@ -1,0 +1,116 @@
+"""The exceptions of druvarpc and the status codes that calls end with.
+
+Two families: `RpcError` is how one call failed, `ProtocolError` is how a connection failed. What
+the peer did wrong (`RemoteProtocolError`) is told apart from what the caller of this library did
+wrong (`LocalProtocolError`).
+"""
+
+from enum import IntEnum, unique
+
+__all__ = [
+    "CloseCode",
+    "ConnectionLost",
+    "LocalProtocolError",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "RpcError",
+    "Status",
+]
+
+
+@unique
+class Status(IntEnum):
+    """How a call ended: gRPC's canonical codes, names and numbers."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+@unique
+class CloseCode(IntEnum):
+    """Why a connection ends; travels in GOAWAY (docs/protocol.md, "Codes")."""
+
+    NO_ERROR = 0
+    PROTOCOL_ERROR = 1
+    FLOW_CONTROL_ERROR = 2
+    FRAME_TOO_LARGE = 3
+    ABUSE = 4
+    TIMEOUT = 5
+    INTERNAL_ERROR = 6
+    VERSION_MISMATCH = 7
+    UNAUTHENTICATED = 8
+
+
+class RpcError(Exception):
+    """A call that failed. A handler raises it to send exactly this to its caller.
+
+    Args:
+        status: why; never `Status.OK`.
+        message: one line for people.
+        details: a value that MessagePack can carry, for programs.
+
+    Attributes:
+        not_started: the server is known not to have begun the call, so that any call, idempotent
+            or not, may be sent again.
+    """
+
+    def __init__(
+        self,
+        status: Status,
+        message: str = "",
+        details: object = None,
+        *,
+        not_started: bool = False,
+    ) -> None:
+        if status == Status.OK:
+            raise ValueError("an RpcError can't have the status OK")
+        super().__init__(status, message, details)
+        self.status = Status(status)
+        self.message = message
+        self.details = details
+        self.not_started = not_started
+
+    def __str__(self) -> str:
+        return f"{self.status.name}: {self.message}" if self.message else self.status.name
+
+
+class ConnectionLost(RpcError):
+    """The connection went away before the call had ended; its status is UNAVAILABLE."""
+
+    def __init__(self, message: str = "connection lost", *, not_started: bool = False) -> None:
+        super().__init__(Status.UNAVAILABLE, message, not_started=not_started)
+
+
+class ProtocolError(Exception):
+    """The rules of the protocol were broken."""
+
+
+class LocalProtocolError(ProtocolError):
+    """This side asked the protocol core for something that its state doesn't allow."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer broke the protocol; the connection is over.
+
+    Attributes:
+        code: what is told to the peer in GOAWAY.
+    """
+
+    def __init__(self, message: str, code: CloseCode = CloseCode.PROTOCOL_ERROR) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,317 @@
+"""The server's half of a connection: calls that arrive in clubs, run, and are replied to.
+
+A call is told to the owner when it can run: when its arguments are complete and the results that
+it refers to have come. Until then it is held here, and this half replies by itself if that can't
+happen any more. Replies wait in the queue of their call's lane; a call's place under `max_calls`
+is free again when its reply has been given to `data_to_send`'s caller, so that a peer that doesn't
+read can't make replies pile up.
+"""
+
+from collections import deque
+
+from druvarpc.errors import LocalProtocolError, RemoteProtocolError, RpcError, Status
+from druvarpc.protocol import frames
+from druvarpc.protocol.buffer import Frame
+from druvarpc.protocol.clubs import (
+    CALL_OVERHEAD,
+    MethodNames,
+    Outcome,
+    decode_calls,
+    encode_replies,
+    reply_item,
+    resolve,
+)
+from druvarpc.protocol.events import AuthReceived, CallsReceived, Readable, ResetReceived
+from druvarpc.protocol.frames import Buffer, Metadata
+from druvarpc.protocol.lanes import ORDER, Priority
+from druvarpc.protocol.streams import Club, Input, State, Stream
+from druvarpc.protocol.wire import MAX_CLUB, Wire, data_cost
+
+
+class Callee:
+    """Answers calls.
+
+    Args:
+        wire: what the connection's parts share.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._names = MethodNames()
+        self._queues: dict[Priority, deque[tuple[int, list[object]]]] = {
+            lane: deque() for lane in ORDER
+        }
+        self._unsent = 0
+        self._held: dict[Stream, None] = {}
+        # Calls of clubs that have ended, with their results, until those waiting for them know.
+        self._ended: list[tuple[Stream, bytes | None]] = []
+
+    @property
+    def waiting(self) -> bool:
+        """Whether replies wait to be sent."""
+        return self._unsent > 0
+
+    @property
+    def deadline(self) -> float | None:
+        """The earliest deadline of a call that is held."""
+        return min(
+            (call.deadline for call in self._held if call.deadline is not None), default=None
+        )
+
+    def expire(self, now: float) -> None:
+        """Answer the calls that are held and whose deadline has passed."""
+        for call in list(self._held):
+            # One that was refused a moment ago may have taken others with it.
+            if call in self._held and call.deadline is not None and call.deadline <= now:
+                self._refuse(call, Status.DEADLINE_EXCEEDED, "the deadline passed", now)
+
+    def reply(
+        self, stream: Stream, payload: bytes | None, outcome: Outcome | None, now: float
+    ) -> None:
+        """End a call."""
+        if stream.final is not None or stream.state not in (State.OPEN, State.CALLED, State.RESET):
+            raise LocalProtocolError(f"{stream!r} can't be replied to")
+        if stream.state is State.RESET:
+            payload, outcome = None, Outcome(Status.CANCELLED)
+        failed = outcome is not None and outcome.status != Status.OK
+        if outcome is not None:
+            self._check(outcome, failed=failed, payload=payload)
+        self._held.pop(stream, None)
+        outflow, message = self._wire.outflow, None
+        if failed:
+            outflow.close(stream)
+        elif payload is not None and len(payload) > self._wire.peer.max_inline:
+            message = payload
+        stream.final = reply_item(stream.id, None if message is not None else payload, outcome)
+        if message is not None:
+            outflow.open(stream).push(message)
+        if stream.outgoing is not None and stream.outgoing.messages:
+            outflow.offer(stream)
+        else:
+            self.sent(stream, ended=False)
+        self._wire.inflow.close(stream, now)
+        if stream.club is not None:
+            self._ended.append((stream, None if failed else payload))
+            if len(self._ended) == 1:
+                # A call that is refused here adds itself: a chain of calls that each need the one
+                # before can be as long as a club, too long for a function that calls itself.
+                for ended, result in self._ended:
+                    self._settle(ended, result, now)
+                self._ended.clear()
+
+    def give_up(self, stream: Stream) -> None:
+        """Put a failure in the place of a reply whose data the peer doesn't take."""
+        self._wire.outflow.close(stream)
+        stream.final = reply_item(
+            stream.id, None, Outcome(Status.ABORTED, "the caller didn't take the result")
+        )
+        self.sent(stream, ended=False)
+
+    def send_metadata(self, stream: Stream, metadata: Metadata) -> None:
+        """Send metadata ahead of the reply."""
+        outgoing = self._wire.outflow.open(stream)
+        if outgoing.started or stream.state not in (State.OPEN, State.CALLED) or stream.final:
+            raise LocalProtocolError(f"{stream!r}: too late for metadata")
+        frames.check_outgoing_metadata(metadata, self._wire.peer.max_metadata)
+        outgoing.started = True
+        self._wire.control.append(frames.encode_metadata(stream.id, metadata))
+
+    # ClubSource
+
+    def send_club(self, lane: Priority, out: list[Buffer], now: float) -> tuple[int, bool]:
+        """Send the replies at the head of a lane's queue."""
+        queue, replies, left = self._queues[lane], list[list[object]](), MAX_CLUB
+        while queue:
+            left -= queue[0][0]
+            if replies and left < 0:
+                break
+            replies.append(queue.popleft()[1])
+        frame = encode_replies(replies)
+        out.append(frame)
+        self._unsent -= len(replies)
+        self._wire.clubs_sent += 1
+        self._wire.calls_clubbed += len(replies) if len(replies) > 1 else 0
+        return len(frame), bool(queue)
+
+    def sent(self, stream: Stream, *, ended: bool) -> None:
+        """Queue the reply that waited for a stream's data, if there is one."""
+        item = stream.final
+        if item is None:
+            return
+        payload = item[1]
+        size = CALL_OVERHEAD + (len(payload) if isinstance(payload, bytes) else 0)
+        if len(item) > 2:
+            size = len(frames.pack(item))
+        self._queues[stream.lane].append((size, item))
+        self._unsent += 1
+        self._wire.moved(stream, Input.REPLY_DOWN)
+        self._wire.outflow.offer_club(stream.lane)
+
+    def _holds(self, places: int) -> bool:
+        """Whether as many calls are open: not CLOSED, or their reply hasn't been sent."""
+        streams = self._wire.streams
+        if len(streams) + self._unsent < places:
+            return False
+        # A call whose caller hasn't ended its direction can be both.
+        unsent = (item[0] for queue in self._queues.values() for _, item in queue)
+        return len(streams) + sum(id not in streams for id in unsent) >= places
+
+    def _check(self, outcome: Outcome, *, failed: bool, payload: bytes | None) -> None:
+        peer = self._wire.peer
+        frames.check_outgoing_metadata(outcome.trailers, peer.max_metadata)
+        if len(outcome.details or b"") > peer.max_inline:
+            raise LocalProtocolError(f"error details of more than {peer.max_inline} bytes")
+        if (failed and payload is not None) or (outcome.not_started and not failed):
+            raise LocalProtocolError("a failure has no payload, and only a failure is NOT_STARTED")
+
+    def _refuse(self, stream: Stream, status: Status, message: str, now: float) -> None:
+        self.reply(stream, None, Outcome(status, message, not_started=True), now)
+
+    # Clubs.
+
+    def _settle(self, ended: Stream, payload: bytes | None, now: float) -> None:
+        """Go on with the calls that waited for one that has ended: run them or refuse them."""
+        club = ended.club
+        assert club is not None
+        index = ended.id - club.first
+        waiting = club.waiting.pop(index, ())
+        if payload is not None and waiting:
+            club.results[index] = payload
+        ready: list[Stream] = []
+        for call in waiting:
+            if call.final is not None or call.state not in (State.OPEN, State.CALLED):
+                continue
+            if payload is None:
+                self._refuse(
+                    call,
+                    Status.FAILED_PRECONDITION,
+                    f"call {index} of the club, which this one needs, has no result",
+                    now,
+                )
+            elif self._runnable(call, now):
+                ready.append(call)
+        if ready:
+            self._wire.events.append(CallsReceived(ready))
+
+    def _runnable(self, call: Stream, now: float) -> bool:
+        """Tell whether a call can run now, with its references resolved; hold it otherwise."""
+        club = call.club
+        if call.payload is None or (
+            club is not None and any(one.call not in club.results for one in call.references)
+        ):
+            self._held[call] = None
+            return False
+        if club is not None and call.references:
+            values = [(one, club.results[one.call]) for one in call.references]
+            most = min(club.allowance, self._wire.limits.max_message)
+            # All of a result is decoded, however little of it the path leads to.
+            club.allowance -= min(club.allowance, sum(len(result) for _, result in values))
+            try:
+                resolved = resolve(call.payload, values, most)
+            except RpcError as error:
+                self.reply(
+                    call,
+                    None,
+                    Outcome(error.status, error.message, not_started=True),
+                    now,
+                )
+                return False
+            call.payload = resolved
+        self._held.pop(call, None)
+        return True
+
+    # Frames from the client.
+
+    def on_calls(self, frame: Frame, now: float) -> None:
+        """Accept the calls of a club."""
+        wire = self._wire
+        if frame.id != wire.last_id + 1:
+            raise RemoteProtocolError(f"call {frame.id} after call {wire.last_id}")
+        if wire.got_goaway is not None:
+            raise RemoteProtocolError("CALLS after GOAWAY")
+        calls = decode_calls(frame.body, self._names, wire.accepted, now)
+        first = frame.id
+        wire.last_id += len(calls)
+        if wire.last_id > frames.MAX_ID:
+            raise RemoteProtocolError("ids above the last")
+        if wire.sent_goaway is not None:
+            wire.patience.charge(now)
+            return
+        if self._holds(wire.accepted.max_calls - len(calls) + 1):
+            raise RemoteProtocolError(f"more than {wire.accepted.max_calls} calls open")
+        club = None
+        ready: list[Stream] = []
+        for id, call in enumerate(calls, first):
+            call.id = id
+            call.state = State.OPEN if call.more else State.CALLED
+            wire.streams[id] = call
+            if call.references and club is None:
+                club = Club(first, calls, wire.limits.max_message)
+            if call.payload is None or call.references:
+                self._held[call] = None
+            else:
+                ready.append(call)
+        if ready:
+            wire.events.append(CallsReceived(ready))
+
+    def on_data(self, frame: Frame, now: float) -> None:
+        """Keep data of a call."""
+        wire = self._wire
+        stream = wire.streams.get(frame.id)
+        if stream is None:
+            if wire.sent_goaway is None or not wire.sent_goaway < frame.id <= wire.last_id:
+                raise RemoteProtocolError(f"DATA for call {frame.id}, which isn't open")
+            cost = data_cost(frame)
+            wire.inflow.window.receive(cost)
+            wire.inflow.discard(cost, now)
+            wire.patience.charge(now)
+            return
+        ends = frame.flags & frames.END_STREAM
+        what = Input.END_UP if ends else Input.DATA_UP
+        readable = wire.receive_data(stream, frame, what, now)
+        if stream.payload is not None or stream not in self._held:
+            if readable and stream not in self._held:  # of which the owner doesn't know yet
+                wire.events.append(Readable(stream))
+            return
+        if wire.inflow.open(stream).too_long:
+            most = wire.limits.max_message
+            self._refuse(
+                stream, Status.RESOURCE_EXHAUSTED, f"arguments of more than {most} bytes", now
+            )
+            return
+        stream.payload = wire.inflow.take(stream, now) if readable else None
+        if stream.payload is not None:
+            if self._runnable(stream, now):
+                wire.events.append(CallsReceived([stream]))
+        elif ends:
+            raise RemoteProtocolError(f"END of call {frame.id} before its arguments")
+
+    def on_reset(self, frame: Frame, now: float) -> None:
+        """Stop a call that its caller has abandoned."""
+        wire = self._wire
+        code, message = frames.decode_reason(frame.body, "RESET")
+        wire.patience.charge(now)
+        stream = wire.streams.get(frame.id)
+        if stream is None:
+            if frame.id > wire.last_id:
+                raise RemoteProtocolError(f"RESET of call {frame.id}, which was never opened")
+            return
+        wire.move(stream, Input.RESET_UP)
+        if stream.state is State.CLOSED:
+            return
+        wire.outflow.close(stream)
+        wire.inflow.close(stream, now)
+        if stream.final is not None:
+            stream.final = reply_item(stream.id, None, Outcome(Status.CANCELLED))
+            self.sent(stream, ended=False)
+        elif stream in self._held:
+            self.reply(stream, None, None, now)
+        else:
+            status = Status(code) if code <= max(Status) else Status.UNKNOWN
+            wire.events.append(ResetReceived(stream, status, message))
+
+    def on_auth(self, frame: Frame, now: float) -> None:
+        """Tell who the client says it is."""
+        self._wire.patience.charge(now)
+        token, metadata = frames.decode_auth(frame.body, self._wire.accepted.max_metadata)
+        self._wire.events.append(AuthReceived(token, metadata))

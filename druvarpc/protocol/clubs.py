@@ -1,0 +1,387 @@
+"""Clubs: many calls or replies in one frame, and references between a club's calls.
+
+docs/protocol.md, sections 5.1, 5.2 and 5.4. One frame is one MessagePack array, encoded and
+decoded in one go; what is checked here is its shape. A call that has only what every call has,
+method, flags and payload, takes the short way through both functions.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from druvarpc.errors import RemoteProtocolError, RpcError, Status
+from druvarpc.protocol.frames import (
+    CALLS,
+    REPLIES,
+    Buffer,
+    Metadata,
+    Settings,
+    check_array,
+    check_metadata,
+    check_optional_uint,
+    check_text,
+    check_uint,
+    element,
+    flatten_metadata,
+    frame,
+    metadata_size,
+    pack,
+    shorten,
+    show,
+    unpack,
+    unpack_array,
+)
+from druvarpc.protocol.lanes import Priority
+from druvarpc.protocol.streams import Reference, Stream
+
+MAX_METHODS: Final = 4096
+MAX_REFERENCES: Final = 64
+MAX_PATH: Final = 16
+# What a call takes in a frame beside method, payload and metadata: headers, flags and timeout.
+CALL_OVERHEAD: Final = 24
+
+_MORE: Final = 0x01
+_LANE: Final = 0x06
+_TIMINGS: Final = 0x08
+_UNKNOWN: Final = 0xF0
+_NOT_STARTED: Final = 0x01
+_NAME: Final = re.compile(r"[A-Za-z0-9_.]{1,255}")
+_MAX_MICROSECONDS: Final = 2**53
+
+
+@dataclass(frozen=True, slots=True)
+class Clubbing:
+    """How calls gather.
+
+    Attributes:
+        max_calls: calls in one frame at most; 1 sends each by itself.
+        max_bytes: bytes in one frame at most, as far as one call alone isn't larger.
+        linger: seconds that the first call waits for others. With 0 nothing waits on an idle link:
+            what gathers is what started while the last write was under way.
+    """
+
+    max_calls: int = 1024
+    max_bytes: int = 64 * 1024
+    linger: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_calls < 1 or self.max_bytes < 1 or not 0 <= self.linger < 60:
+            raise ValueError(f"{self} makes no sense")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a reply says beside its payload.
+
+    Attributes:
+        details: one MessagePack value, or None.
+        not_started: no part of the call was begun.
+        timings: microseconds in the server's queue and in the handler, if they were asked for.
+    """
+
+    status: Status = Status.OK
+    message: str = ""
+    details: bytes | None = None
+    not_started: bool = False
+    trailers: Metadata = ()
+    timings: tuple[int, int] | None = None
+
+
+class MethodNames:
+    """The numbers that one connection gave to methods, in the order of their first use."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._numbers: dict[str, int] = {}
+        self._reserved: set[str] = set()
+
+    def number(self, name: str) -> int | str:
+        """Return what stands for a method in the next call: its name the first time."""
+        number = self._numbers.get(name)
+        if number is not None:
+            return number
+        self._add(name)
+        return name
+
+    def resolve(self, method: object) -> str:
+        """Return the name that `method`, a name or a number off the wire, stands for."""
+        if type(method) is int and 0 <= method < len(self._names):
+            return self._names[method]
+        if type(method) is not str:
+            raise RemoteProtocolError(f"CALLS: method {show(method)} has no name")
+        if not _NAME.fullmatch(method):
+            raise RemoteProtocolError(f"CALLS: {show(method)} can't be a method's name")
+        if method in self._numbers or len(self._names) == MAX_METHODS:
+            raise RemoteProtocolError(f"CALLS: method {method} can't be numbered (again)")
+        self._add(method)
+        return method
+
+    def reserve(self, name: str) -> bool:
+        """Make sure that a method that will be called has, or will get, a number."""
+        if name not in self._reserved:
+            if len(self._reserved) == MAX_METHODS or not _NAME.fullmatch(name):
+                return False
+            self._reserved.add(name)
+        return True
+
+    def _add(self, name: str) -> None:
+        self._numbers[name] = len(self._names)
+        self._names.append(name)
+
+
+def encode_calls(calls: Sequence[Stream], names: MethodNames, now: float) -> bytes:
+    """Return the CALLS frame of calls whose ids follow one another."""
+    items: list[list[object]] = []
+    for call in calls:
+        flags = call.lane << 1
+        if call.more or not call.inline:
+            flags |= _MORE
+        if call.timings:
+            flags |= _TIMINGS
+        item: list[object] = [
+            names.number(call.method),
+            flags,
+            call.payload if call.inline else None,
+        ]
+        if call.deadline is not None or call.metadata or call.references:
+            item += _options(call, now)
+        items.append(item)
+    return frame(CALLS, pack(items), id=calls[0].id)
+
+
+def _options(call: Stream, now: float) -> list[object]:
+    timeout = None
+    if call.deadline is not None:
+        timeout = round(min(max(0, (call.deadline - now) * 1e6), _MAX_MICROSECONDS))
+    options: list[object] = [timeout]
+    if call.metadata or call.references:
+        options.append(flatten_metadata(call.metadata))
+    if call.references:
+        options.append(call.references)
+    return options
+
+
+def decode_calls(body: Buffer, names: MethodNames, accepted: Settings, now: float) -> list[Stream]:
+    """Return the calls of a CALLS frame, still without ids."""
+    array = unpack_array(body, "CALLS", 1)
+    if len(array) > accepted.max_club:
+        raise RemoteProtocolError(
+            f"CALLS: {len(array)} calls in a club, at most {accepted.max_club} are accepted"
+        )
+    calls: list[Stream] = []
+    for index, item in enumerate(array):
+        check_array(item, "CALLS: call", 3)
+        flags, payload = item[1], item[2]
+        if type(flags) is not int or flags < 0 or flags & _UNKNOWN or flags & _LANE == _LANE:
+            raise RemoteProtocolError(f"CALLS: flags {show(flags)}")
+        if payload is None:
+            if not flags & _MORE:
+                raise RemoteProtocolError("CALLS: neither a payload nor MORE")
+        elif type(payload) is not bytes or len(payload) > accepted.max_inline:
+            raise RemoteProtocolError(
+                f"CALLS: a payload that isn't at most {accepted.max_inline} bytes"
+            )
+        call = Stream(
+            names.resolve(item[0]),
+            payload,
+            more=bool(flags & _MORE),
+            lane=Priority((flags & _LANE) >> 1),
+            timings=bool(flags & _TIMINGS),
+        )
+        if len(item) > 3:
+            timeout = element(item, 3)
+            if timeout is not None:
+                call.deadline = now + check_uint(timeout, "CALLS: timeout") / 1e6
+            call.metadata = check_metadata(
+                element(item, 4), "CALLS: metadata", accepted.max_metadata
+            )
+            call.references = _decode_references(element(item, 5), index)
+        calls.append(call)
+    return calls
+
+
+def _decode_references(value: object, index: int) -> tuple[Reference, ...]:
+    if value is None:
+        return ()
+    array = check_array(value, "CALLS: references")
+    references = tuple(_decode_reference(item, index) for item in array)
+    positions = {reference.position for reference in references}
+    if len(positions) < len(array) or len(array) > MAX_REFERENCES:
+        raise RemoteProtocolError("CALLS: too many references, or two for one position")
+    return references
+
+
+def _decode_reference(value: object, index: int) -> Reference:
+    array = check_array(value, "CALLS: reference", 3)
+    path = check_array(array[2], "CALLS: path of a reference")
+    if len(path) > MAX_PATH:
+        raise RemoteProtocolError("CALLS: path of a reference: too long")
+    for step in path:
+        if type(step) is not str:
+            check_uint(step, "CALLS: step of a reference")
+    position = check_uint(array[0], "CALLS: position of a reference")
+    call = check_uint(array[1], "CALLS: reference")
+    if call >= index:
+        raise RemoteProtocolError(f"CALLS: call {index} of a club refers to call {call}")
+    return Reference(position, call, tuple(path))
+
+
+def encode_replies(replies: Sequence[list[object]]) -> bytes:
+    """Return the REPLIES frame of replies made by `reply_item`."""
+    return frame(REPLIES, pack(replies))
+
+
+def reply_item(id: int, payload: bytes | None, outcome: Outcome | None = None) -> list[object]:
+    """Return one reply as it stands in a REPLIES frame."""
+    if outcome is None:
+        return [id, payload]
+    return [
+        id,
+        payload,
+        int(outcome.status),
+        shorten(outcome.message),
+        outcome.details,
+        _NOT_STARTED if outcome.not_started else 0,
+        flatten_metadata(outcome.trailers),
+        outcome.timings,
+    ]
+
+
+def decode_replies(
+    body: Buffer, accepted: Settings
+) -> list[tuple[int, bytes | None, Outcome | None]]:
+    """Return id, payload and, if it says more than OK, outcome of each reply of a REPLIES frame."""
+    replies: list[tuple[int, bytes | None, Outcome | None]] = []
+    for item in unpack_array(body, "REPLIES", 1):
+        check_array(item, "REPLIES: reply", 2)
+        id, payload = item[0], item[1]
+        if type(id) is not int:
+            raise RemoteProtocolError("REPLIES: an id that isn't an integer")
+        if payload is not None and (
+            type(payload) is not bytes or len(payload) > accepted.max_inline
+        ):
+            raise RemoteProtocolError(
+                f"REPLIES: a payload that isn't at most {accepted.max_inline} bytes"
+            )
+        outcome = _decode_outcome(item, accepted) if len(item) > 2 else None
+        if outcome is not None and outcome.status and payload is not None:
+            raise RemoteProtocolError("REPLIES: a payload with a status that isn't OK")
+        replies.append((id, payload, outcome))
+    return replies
+
+
+def _decode_outcome(item: list[Any], accepted: Settings) -> Outcome:
+    number = check_optional_uint(item[2], "REPLIES: status")
+    details = element(item, 4)
+    if details is not None and (type(details) is not bytes or len(details) > accepted.max_inline):
+        raise RemoteProtocolError(
+            f"REPLIES: details that aren't at most {accepted.max_inline} bytes"
+        )
+    flags = check_optional_uint(element(item, 5), "REPLIES: flags")
+    if flags & 0xFF & ~_NOT_STARTED or (flags & _NOT_STARTED and not number):
+        raise RemoteProtocolError(f"REPLIES: flags {flags:#x}")
+    timings = element(item, 7)
+    if timings is not None:
+        queue, handler = check_array(timings, "REPLIES: timings", 2)[:2]
+        timings = (
+            check_uint(queue, "REPLIES: timings"),
+            check_uint(handler, "REPLIES: timings"),
+        )
+    return Outcome(
+        Status(number) if number <= max(Status) else Status.UNKNOWN,
+        check_text(element(item, 3), "REPLIES: message"),
+        details,
+        bool(flags & _NOT_STARTED),
+        check_metadata(element(item, 6), "REPLIES: trailers", accepted.max_metadata),
+        timings,
+    )
+
+
+def fits(calls: Sequence[Stream], index: int) -> bool:
+    """Tell whether the references of one of a club's calls are such as its receiver accepts."""
+    references = calls[index].references
+    return (
+        len({reference.position for reference in references}) == len(references) <= MAX_REFERENCES
+        and all(0 <= reference.call < index for reference in references)
+        and all(len(reference.path) <= MAX_PATH for reference in references)
+    )
+
+
+def call_size(call: Stream) -> int:
+    """Return the bytes that a call takes in a frame, or a few more."""
+    size = CALL_OVERHEAD + len(call.method)
+    if call.inline and call.payload is not None:
+        size += len(call.payload)
+    if call.metadata or call.references:
+        size += metadata_size(call.metadata) + len(pack(call.references))
+    return size
+
+
+def resolve(payload: bytes, values: Sequence[tuple[Reference, bytes]], most: int) -> bytes:
+    """Return arguments with the results that they refer to in place.
+
+    Args:
+        payload: the arguments, MessagePack.
+        values: each reference with the result that it refers to, MessagePack.
+        most: the greatest size to return, in bytes.
+
+    Raises:
+        RpcError: the arguments have no such place, or a result has no such part.
+    """
+    try:
+        arguments = unpack(payload, _pairs)
+    except ValueError:
+        raise RpcError(Status.INVALID_ARGUMENT, "the arguments are not MessagePack") from None
+    if type(arguments) is not list:
+        raise RpcError(Status.INVALID_ARGUMENT, "the arguments are not an array")
+    size = len(payload)
+    for reference, result in values:
+        position = reference.position
+        if position >= len(arguments) or arguments[position] is not None:
+            raise RpcError(
+                Status.INVALID_ARGUMENT, f"argument {position} has no place for a reference"
+            )
+        size += len(result)
+        if size > most:
+            raise RpcError(
+                Status.RESOURCE_EXHAUSTED,
+                f"arguments of more than {most} bytes",
+                not_started=True,
+            )
+        arguments[position] = _part(result, reference)
+    try:
+        return pack(arguments)
+    except RecursionError:  # the encoder goes less deep than the decoder
+        raise RpcError(Status.INVALID_ARGUMENT, "the arguments are nested too deep") from None
+
+
+def _part(result: bytes, reference: Reference) -> object:
+    try:
+        value = unpack(result)
+    except ValueError:
+        raise RpcError(
+            Status.FAILED_PRECONDITION,
+            f"argument {reference.position}: the result referred to is not MessagePack",
+            not_started=True,
+        ) from None
+    for step in reference.path:
+        if type(step) is str:
+            found = type(value) is dict and step in value
+        else:
+            found = type(value) is list and type(step) is int and step < len(value)
+        if not found:
+            raise RpcError(
+                Status.FAILED_PRECONDITION,
+                f"argument {reference.position}: the result referred to has no part {step!r:.80}",
+                not_started=True,
+            )
+        value = value[step]
+    return value
+
+
+def _pairs(pairs: list[tuple[object, object]]) -> dict[object, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key twice")
+    return found

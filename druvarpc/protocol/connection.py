@@ -1,0 +1,469 @@
+"""One connection's protocol, without I/O: bytes in, events out, bytes to send out, time passed in.
+
+How it works. The owner feeds what it reads to `receive_data` and takes events from `next_event`
+until that returns None; it submits work by the other methods; and while `wants_to_send` is true it
+writes what `data_to_send` returns. Scheduling happens there: ids, numbers of methods and credit are
+given out when bytes are asked for, so that what is urgent overtakes what was submitted before it.
+When the clock reaches `next_deadline`, the owner calls `handle_timer`.
+
+A call is a `Stream`: the client makes it and submits it, the server gets one by `CallsReceived`,
+and all that concerns the call refers to that object. The parts: `FrameBuffer` cuts the input, the
+tables below say what each frame does, `Caller` or `Callee` is the half of this role, `Inflow` and
+`Outflow` hold the data and the credit of both directions, `Liveness` the clocks; `Wire` is what
+they share.
+
+After an error nothing more is read, `data_to_send` returns a last GOAWAY, and then `closed` is
+true.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from druvarpc.errors import CloseCode, LocalProtocolError, RemoteProtocolError, Status
+from druvarpc.protocol import frames
+from druvarpc.protocol.buffer import Frame, FrameBuffer
+from druvarpc.protocol.callee import Callee
+from druvarpc.protocol.caller import Caller
+from druvarpc.protocol.clubs import Clubbing, Outcome
+from druvarpc.protocol.events import (
+    Event,
+    GoAwayReceived,
+    PongReceived,
+    SettingsReceived,
+    Stalled,
+)
+from druvarpc.protocol.frames import Buffer, Metadata, Role, Settings
+from druvarpc.protocol.limits import Limits
+from druvarpc.protocol.liveness import Liveness
+from druvarpc.protocol.outflow import HIGH_MARK
+from druvarpc.protocol.streams import Incoming, State, Stream
+from druvarpc.protocol.wire import Wire
+
+# One write: large enough that a system call costs little, small enough that lanes decide late.
+WRITE_SIZE: Final = 256 * 1024
+# PONGs that wait for a peer that doesn't read.
+MAX_PONGS: Final = 256
+
+
+class Connection:
+    """One end of one connection.
+
+    Args:
+        role: which end, "client" or "server".
+        now: the time, in seconds of any clock that doesn't go back, as in all methods.
+        limits: what this end accepts.
+        clubbing: how calls gather; the client's.
+
+    Attributes:
+        role: which end.
+        limits: what this end accepts.
+        closed: all has been sent and nothing more is read: the transport is to be closed.
+    """
+
+    def __init__(
+        self,
+        role: Role | str,
+        *,
+        now: float,
+        limits: Limits | None = None,
+        clubbing: Clubbing | None = None,
+    ) -> None:
+        self.role = Role(role)
+        self.closed = False
+        limits = limits or Limits()
+        self.limits = limits
+        self._wire = wire = Wire(self.role, limits, now)
+        self._liveness = Liveness(limits, now)
+        self._closing = False
+        self._draining = False  # GOAWAY is still to be sent
+        self._error: RemoteProtocolError | None = None
+        self._pongs = 0
+        self._caller = Caller(wire, clubbing or Clubbing())
+        self._callee = Callee(wire)
+        handlers: dict[int, Callable[[Frame, float], None]] = {
+            frames.SETTINGS: self._on_settings,
+            frames.PING: self._on_ping,
+            frames.PONG: self._on_pong,
+            frames.GOAWAY: self._on_goaway,
+            frames.CREDIT: self._on_credit,
+        }
+        if self.role is Role.CLIENT:
+            wire.outflow.clubs = self._caller
+            handlers[frames.REPLIES] = self._caller.on_replies
+            handlers[frames.DATA] = self._caller.on_data
+            handlers[frames.METADATA] = self._caller.on_metadata
+            sender = Role.SERVER
+        else:
+            wire.outflow.clubs = self._callee
+            handlers[frames.CALLS] = self._callee.on_calls
+            handlers[frames.DATA] = self._callee.on_data
+            handlers[frames.RESET] = self._callee.on_reset
+            handlers[frames.AUTH] = self._callee.on_auth
+            sender = Role.CLIENT
+        self._handlers = handlers
+        self._frames = FrameBuffer(sender, limits.max_frame)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "closing" if self._closing else "open"
+        return f"<Connection {self.role} {state}, {self.open_calls} calls>"
+
+    # What the owner may look at.
+
+    @property
+    def peer(self) -> Settings:
+        """What the other end accepts: the defaults until `SettingsReceived`."""
+        return self._wire.peer
+
+    @property
+    def settled(self) -> bool:
+        """Whether the peer's settings have come."""
+        return self._liveness.settled
+
+    @property
+    def accepts_calls(self) -> bool:
+        """Whether a client may submit calls."""
+        return not self._closing and self._wire.sent_goaway is None is self._wire.got_goaway
+
+    @property
+    def drained(self) -> bool:
+        """Whether one of the ends drains, and every call has ended and been sent."""
+        wire = self._wire
+        draining = wire.sent_goaway is not None or wire.got_goaway is not None
+        return draining and not (wire.streams or self._caller.waiting or self._callee.waiting)
+
+    @property
+    def open_calls(self) -> int:
+        """Calls that have been sent or received and aren't CLOSED."""
+        return len(self._wire.streams)
+
+    @property
+    def rtt(self) -> float | None:
+        """Seconds of a round trip, the least of the latest measurements; None before the first."""
+        return self._liveness.rtt
+
+    @property
+    def send_window(self) -> int:
+        """Bytes that the peer's credit for the connection still allows."""
+        return self._wire.outflow.window.available
+
+    @property
+    def receive_window(self) -> int:
+        """Bytes of the window that this end gives the connection."""
+        return self._wire.inflow.window.size
+
+    @property
+    def clubs_sent(self) -> int:
+        """Frames of calls or replies sent."""
+        return self._wire.clubs_sent
+
+    @property
+    def calls_clubbed(self) -> int:
+        """Calls or replies that went out in a frame with others."""
+        return self._wire.calls_clubbed
+
+    def next_event(self) -> Event | None:
+        """Return the next event, or None if there is none yet.
+
+        Raises:
+            RemoteProtocolError: the peer broke the protocol; all events before that were returned.
+        """
+        if self._wire.events:
+            return self._wire.events.popleft()
+        if self._error is not None:
+            raise self._error
+        return None
+
+    # Bytes and time.
+
+    def receive_data(self, data: bytes, now: float) -> None:
+        """Take in bytes of the peer's; `next_event` tells what they mean."""
+        if self._closing or not data:
+            return
+        completed = False
+        try:
+            for frame in self._frames.feed(data):
+                if self._closing:  # the frame before said that the peer has closed
+                    return
+                completed = True
+                handler = self._handlers.get(frame.kind)
+                if handler is None:  # of the types that are ignored; others didn't get so far
+                    self._wire.patience.charge(now)
+                else:
+                    handler(frame, now)
+        except RemoteProtocolError as error:
+            self._error = error
+            self.close(error.code, str(error))
+            return
+        self._liveness.heard(now, in_frame=self._frames.in_frame, completed=completed)
+        if self._liveness.measurement_due(now):
+            self.ping(now)
+
+    @property
+    def wants_to_send(self) -> bool:
+        """Whether `data_to_send` has something to return."""
+        if self._closing:
+            return not self.closed
+        wire = self._wire
+        return (
+            bool(wire.control) or wire.outflow.ready or wire.inflow.has_credits or self._goaway_due
+        )
+
+    def data_to_send(self, now: float, most: int = WRITE_SIZE) -> list[Buffer]:
+        """Return buffers, about `most` bytes in all, to be written next and in their order."""
+        wire = self._wire
+        if self._goaway_due:
+            self._draining = False
+            wire.goaway(CloseCode.NO_ERROR, "draining", self._last_accepted())
+        out, wire.control = wire.control, []
+        self._pongs = 0
+        if self._closing:
+            self.closed = True
+            return out
+        credits = wire.inflow.credits()
+        for start in range(0, len(credits), frames.MAX_CREDITS):
+            out.append(frames.encode_credits(credits[start : start + frames.MAX_CREDITS]))
+        out += wire.outflow.send(most, now)
+        return out
+
+    def next_deadline(self) -> float | None:
+        """Return when `handle_timer` is to be called; None if the connection is over."""
+        if self._closing:
+            return None
+        deadline = self._liveness.deadline
+        stalled = self._wire.outflow.stalled_since
+        if stalled is not None:
+            deadline = min(deadline, stalled + self._wire.limits.stall_timeout)
+        for other in (self._caller.linger, self._callee.deadline):
+            if other is not None:
+                deadline = min(deadline, other)
+        return deadline
+
+    def handle_timer(self, now: float) -> None:
+        """Do what is due at `now`."""
+        if self._closing:
+            return
+        try:
+            if self._liveness.expire(now):
+                self.ping(now)
+        except RemoteProtocolError as error:
+            self._error = error
+            self.close(error.code, str(error))
+            return
+        self._caller.expire(now)
+        self._callee.expire(now)
+        for stream in self._wire.outflow.expire(now, self._wire.limits.stall_timeout):
+            if stream.final is None:
+                self._wire.events.append(Stalled(stream))
+            else:  # the handler has ended, so that the owner has nothing to end
+                self._callee.give_up(stream)
+
+    # The connection as a whole.
+
+    def ping(self, now: float) -> None:
+        """Ask for a sign of life; `PongReceived` tells of the answer."""
+        self._wire.control.append(frames.frame(frames.PING, id=self._liveness.ping(now)))
+
+    def drain(self) -> None:
+        """Begin the end: no call after those that this end knows is made or accepted.
+
+        `drained` tells when the others have ended.
+        """
+        if self._wire.sent_goaway is None and not self._closing:
+            self._wire.sent_goaway = self._last_accepted()
+            self._draining = True
+
+    @property
+    def _goaway_due(self) -> bool:
+        # CALLS must not come after it: a client's waits for the calls that were submitted before.
+        return self._draining and not self._caller.waiting
+
+    def close(self, code: CloseCode = CloseCode.NO_ERROR, message: str = "") -> None:
+        """End at once: GOAWAY is the last that is sent, all that waits is dropped."""
+        if not self._closing:
+            self._closing = True
+            self._wire.goaway(code, message, self._last_accepted())
+
+    def _last_accepted(self) -> int:
+        return 0 if self.role is Role.CLIENT else self._wire.last_id
+
+    # The client's part.
+
+    def call(self, stream: Stream, now: float) -> None:
+        """Submit a call; it goes out with others as soon as there is room for it.
+
+        Raises:
+            LocalProtocolError: the connection takes no calls, or this one can't be sent.
+        """
+        self._check_role(Role.CLIENT)
+        self._caller.call(stream, now)
+
+    def club(self, calls: Sequence[Stream]) -> None:
+        """Submit calls that go out in one frame and may refer to results of one another.
+
+        Raises:
+            LocalProtocolError: they can't be sent in one frame.
+        """
+        self._check_role(Role.CLIENT)
+        self._caller.club(calls)
+
+    def reset(
+        self, stream: Stream, now: float, code: int = Status.CANCELLED, message: str = ""
+    ) -> None:
+        """Abandon a call, wherever it stands: no reply will be told, what has come is dropped."""
+        self._check_role(Role.CLIENT)
+        self._caller.reset(stream, code, message, now)
+
+    def end(self, stream: Stream) -> None:
+        """End what the client sends in a call that was made with `more`.
+
+        Raises:
+            LocalProtocolError: the stream has been ended, or nothing can be sent in it.
+        """
+        self._check_role(Role.CLIENT)
+        self._check_sending(stream)
+        self._caller.end(stream)
+
+    def authenticate(self, token: str, metadata: Metadata = ()) -> None:
+        """Say who the client is, for the calls that go out after this.
+
+        Raises:
+            LocalProtocolError: the token or the metadata are too large.
+        """
+        self._check_role(Role.CLIENT)
+        frames.check_outgoing_metadata(metadata, self.peer.max_metadata)
+        if len(token.encode()) > frames.MAX_TOKEN:
+            raise LocalProtocolError(f"a token of more than {frames.MAX_TOKEN} bytes")
+        self._wire.control.append(frames.encode_auth(token, metadata))
+
+    # The server's part.
+
+    def reply(
+        self,
+        stream: Stream,
+        now: float,
+        payload: bytes | None = None,
+        outcome: Outcome | None = None,
+    ) -> None:
+        """End a call: with a payload, or with an outcome that says more than OK.
+
+        What waits to be sent in the stream goes first, unless the call failed: then it is dropped.
+        A call that was reset is answered CANCELLED, whatever is given here.
+
+        Raises:
+            LocalProtocolError: it has been replied to, or the outcome can't be sent.
+        """
+        self._check_role(Role.SERVER)
+        self._callee.reply(stream, payload, outcome, now)
+
+    def send_metadata(self, stream: Stream, metadata: Metadata) -> None:
+        """Send metadata ahead of the reply and of all data.
+
+        Raises:
+            LocalProtocolError: it is too late for that, or the metadata are too large.
+        """
+        self._check_role(Role.SERVER)
+        self._callee.send_metadata(stream, metadata)
+
+    # Data, both ways.
+
+    def can_send(self, stream: Stream) -> bool:
+        """Whether messages can still be queued in a stream."""
+        ended = stream.outgoing is not None and stream.outgoing.ending
+        if self._closing or ended or stream.final is not None or stream.abandoned:
+            return False
+        if self.role is Role.CLIENT:
+            return stream.more and stream.state in (State.IDLE, State.OPEN)
+        return stream.state in (State.OPEN, State.CALLED)
+
+    def send(self, stream: Stream, message: Buffer) -> bool:
+        """Queue one message. It isn't copied and must not change after this.
+
+        Returns:
+            whether there is room for more; if not, `Writable` tells when there is again.
+
+        Raises:
+            LocalProtocolError: nothing can be sent in this stream (any more).
+        """
+        self._check_sending(stream)
+        outflow = self._wire.outflow
+        outgoing = outflow.open(stream)
+        outgoing.push(message)
+        if stream.id:
+            outflow.offer(stream)
+        outgoing.congested = outgoing.congested or outgoing.queued >= HIGH_MARK
+        return not outgoing.congested
+
+    def take(self, stream: Stream, now: float) -> bytes | None:
+        """Take the next message of a stream; credit for it goes back to the peer.
+
+        Returns:
+            the message; or None, and then `Readable` or the reply tells when to ask again, unless
+            `incoming` says that no more will come.
+        """
+        return self._wire.inflow.take(stream, now)
+
+    def incoming(self, stream: Stream) -> Incoming:
+        """Return what has come in a stream and hasn't been taken."""
+        return self._wire.inflow.open(stream)
+
+    def has_ended(self, stream: Stream) -> bool:
+        """Whether nothing will come in a stream but what can be taken now."""
+        if stream.incoming is not None and stream.incoming.ended:
+            return True
+        if self.role is Role.CLIENT:
+            return stream.state in (State.RESET, State.CLOSED)
+        return stream.state is not State.OPEN
+
+    def _check_sending(self, stream: Stream) -> None:
+        if not self.can_send(stream):
+            raise LocalProtocolError(f"nothing can be sent in {stream!r}")
+
+    def _check_role(self, role: Role) -> None:
+        if self.role is not role:
+            raise LocalProtocolError(f"only a {role} can do this")
+
+    # Frames that both roles receive.
+
+    def _on_settings(self, frame: Frame, now: float) -> None:
+        wire = self._wire
+        before, wire.peer = wire.peer, frames.decode_settings(frame.body)
+        wire.outflow.settle(
+            wire.peer.connection_window - before.connection_window,
+            wire.peer.stream_window,
+            wire.streams.values(),
+        )
+        self._liveness.settled = True
+        self._caller.offer()
+        wire.events.append(SettingsReceived(wire.peer))
+        self.ping(now)
+
+    def _on_ping(self, frame: Frame, now: float) -> None:
+        self._wire.patience.charge(now)
+        self._pongs += 1
+        if self._pongs > MAX_PONGS:
+            raise RemoteProtocolError("PINGs without end, and no PONG is read", CloseCode.ABUSE)
+        self._wire.control.append(frames.frame(frames.PONG, id=frame.id))
+
+    def _on_pong(self, frame: Frame, now: float) -> None:
+        sample = self._liveness.pong(frame.id, now)
+        self._wire.inflow.rtt = self._liveness.rtt
+        self._wire.events.append(PongReceived(sample))
+
+    def _on_credit(self, frame: Frame, now: float) -> None:
+        self._wire.receive_credit(frame, now)
+
+    def _on_goaway(self, frame: Frame, now: float) -> None:
+        wire = self._wire
+        number, message = frames.decode_reason(frame.body, "GOAWAY")
+        code = CloseCode(number) if number <= max(CloseCode) else CloseCode.INTERNAL_ERROR
+        wire.patience.charge(now)
+        most = 0
+        if self.role is Role.CLIENT:
+            most = wire.last_id if wire.got_goaway is None else wire.got_goaway
+        if frame.id > most:
+            raise RemoteProtocolError(f"GOAWAY after call {frame.id}, which it can't know")
+        wire.got_goaway = frame.id
+        refused = self._caller.give_up(frame.id, now) if self.role is Role.CLIENT else []
+        wire.events.append(GoAwayReceived(code, message, refused))
+        if code != CloseCode.NO_ERROR:
+            self.close()

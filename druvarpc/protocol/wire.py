@@ -1,0 +1,136 @@
+"""What both halves of a connection stand on: streams, data, credit, control frames.
+
+`Caller` (the client's half) and `Callee` (the server's) each hold a `Wire` and know nothing of the
+other; `Connection` holds all three.
+"""
+
+from collections import deque
+from typing import Final
+
+from druvarpc.errors import CloseCode, LocalProtocolError, RemoteProtocolError
+from druvarpc.protocol import frames
+from druvarpc.protocol.buffer import Frame
+from druvarpc.protocol.events import Event
+from druvarpc.protocol.frames import END_MESSAGE, END_STREAM, FRAME_COST, Buffer, Role, Settings
+from druvarpc.protocol.inflow import Inflow
+from druvarpc.protocol.limits import Limits, Patience
+from druvarpc.protocol.outflow import Outflow
+from druvarpc.protocol.streams import Input, State, Stream
+
+# A club stays below the least `max_frame`, with room for the head of the array.
+MAX_CLUB: Final = 64 * 1024 - 16
+
+
+class Wire:
+    """The state that both halves share.
+
+    Attributes:
+        limits: what this end accepts.
+        accepted: the same as the peer was told it.
+        peer: what the other end accepts: the defaults until its SETTINGS have come.
+        events: for the owner.
+        control: frames that go out before everything else.
+        streams: calls that the wire knows of and that aren't CLOSED, by id.
+        last_id: the last id that was used.
+        sent_goaway: the id in the GOAWAY that this end sent, None before that.
+        got_goaway: the id in the one that has come, None before that.
+        clubs_sent: CALLS or REPLIES frames sent.
+        calls_clubbed: calls or replies that went out in a frame with others.
+    """
+
+    def __init__(self, role: Role, limits: Limits, now: float) -> None:
+        # Where this side still has a use for credit.
+        self._sending = (State.OPEN,) if role is Role.CLIENT else (State.OPEN, State.CALLED)
+        self.limits = limits
+        self.accepted = limits.settings()
+        self.peer = Settings()
+        self.events: deque[Event] = deque()
+        self.control: list[Buffer] = [frames.PREFACE, frames.encode_settings(self.accepted)]
+        self.streams: dict[int, Stream] = {}
+        self.last_id = 0
+        self.sent_goaway: int | None = None
+        self.got_goaway: int | None = None
+        self.clubs_sent = 0
+        self.calls_clubbed = 0
+        self.patience = Patience(now)
+        self.inflow = Inflow(limits)
+        self.outflow = Outflow(self.peer.connection_window, self.events)
+
+    def move(self, stream: Stream, what: Input) -> None:
+        """Move a stream by what the peer sent; forget it when it is CLOSED."""
+        before = stream.state
+        if not stream.move(what):
+            raise RemoteProtocolError(f"{what.name} for call {stream.id}, which is {before.name}")
+        if stream.state is State.CLOSED:
+            self.streams.pop(stream.id, None)
+
+    def moved(self, stream: Stream, what: Input) -> None:
+        """Move a stream by what this side sent; forget it when it is CLOSED."""
+        allowed = stream.move(what)
+        assert allowed, f"this side sent {what.name} in {stream.state.name}"
+        if stream.state is State.CLOSED:
+            self.streams.pop(stream.id, None)
+
+    def goaway(self, code: int, message: str, last: int) -> None:
+        """Send GOAWAY."""
+        if self.sent_goaway is None:
+            self.sent_goaway = last
+        self.control.append(frames.encode_reason(frames.GOAWAY, code, message, id=self.sent_goaway))
+
+    def receive_data(self, stream: Stream, frame: Frame, what: Input, now: float) -> bool:
+        """Count and keep a DATA frame of a stream.
+
+        Returns:
+            whether the application, waiting for a message, has something to look at now.
+        """
+        body, flags = frame.body, frame.flags & (END_MESSAGE | END_STREAM)
+        # A reply that waits behind data has closed this direction as one that has gone.
+        discarding = stream.state in (State.REPLIED, State.RESET) or stream.final is not None
+        self.move(stream, what)
+        if not body and not flags:
+            raise RemoteProtocolError(f"DATA for call {frame.id}: nothing in it")
+        cost = data_cost(frame)
+        self.inflow.window.receive(cost)
+        incoming = self.inflow.open(stream)
+        incoming.window.receive(cost)
+        incoming.started = True
+        if discarding:
+            self.inflow.discard(cost, now)
+            return False
+        readable = bool(cost) and self.inflow.receive(stream, body, flags, cost, now)
+        if flags & END_STREAM:
+            if incoming.unfinished:
+                raise RemoteProtocolError(f"END of call {frame.id} within a message")
+            readable = readable or incoming.wanted
+            self.inflow.end(stream, now)
+        return readable
+
+    def receive_credit(self, frame: Frame, now: float) -> None:
+        """Add what a CREDIT gives."""
+        for id, size in frames.decode_credits(frame.body):
+            if size < 1024:
+                self.patience.charge(now)
+            if not id:
+                self.outflow.grant(None, size)
+                continue
+            if id > self.last_id:
+                raise RemoteProtocolError(
+                    f"CREDIT for call {id}, which was never opened", CloseCode.FLOW_CONTROL_ERROR
+                )
+            stream = self.streams.get(id)
+            if stream is not None and stream.state in self._sending:
+                self.outflow.grant(stream, size)
+            elif size >= 1024:
+                self.patience.charge(now)
+
+    def check_open(self) -> None:
+        """Refuse to go on when a GOAWAY of this side or the other's says so."""
+        if self.sent_goaway is not None or self.got_goaway is not None:
+            raise LocalProtocolError("the connection takes no more calls")
+
+
+def data_cost(frame: Frame) -> int:
+    """Return the credit that a DATA frame takes."""
+    if frame.body or frame.flags & END_MESSAGE:
+        return len(frame.body) + FRAME_COST
+    return 0

@@ -1,0 +1,136 @@
+"""The server: accepts connections, and runs the handlers of the services that it offers."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import trio
+
+from druvarpc.dispatch import Dispatcher, dispatch_table
+from druvarpc.protocol import Connection, Limits
+from druvarpc.service import Service
+from druvarpc.session import Session
+from druvarpc.statistics import Statistics, Totals
+from druvarpc.transports import (
+    Address,
+    Transport,
+    accepted_transport,
+    listening_address,
+    open_listeners,
+    parse_address,
+    remove_socket,
+)
+
+DRAIN_TIMEOUT: Final = 30.0
+
+
+class Server:
+    """A running server. `serve` makes one and reports it as started.
+
+    Attributes:
+        addresses: where it listens, with the ports that the system chose.
+    """
+
+    def __init__(self, services: Sequence[Service], limits: Limits) -> None:
+        self.addresses: list[str] = []
+        self._table = dispatch_table(services)
+        self._limits = limits
+        self._totals = Totals()
+        self._sessions: dict[Session, None] = {}
+        self._changed = trio.lowlevel.ParkingLot()
+        self._accepting = trio.CancelScope()
+        self._serving = trio.CancelScope()
+        self._draining = False
+
+    def statistics(self) -> Statistics:
+        """Return what this server has done so far."""
+        return self._totals.with_open(self._sessions)
+
+    async def drain(self, timeout: float = DRAIN_TIMEOUT) -> None:
+        """Stop accepting connections and calls, let those that run end, and stop serving.
+
+        Clients are told which of their calls were accepted; the others they may send elsewhere.
+        Cancelled, it leaves the server draining.
+
+        Args:
+            timeout: seconds after which what still runs is cancelled.
+        """
+        self._draining = True
+        self._accepting.cancel()
+        for session in self._sessions:
+            session.core.drain()
+            session.flush()
+        with trio.move_on_after(timeout):
+            while self._sessions:
+                await self._changed.park()
+        self._serving.cancel()
+
+    async def run(
+        self,
+        addresses: Sequence[Address],
+        task_status: trio.TaskStatus["Server"] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Listen and serve until cancelled or drained."""
+        listeners: list[trio.SocketListener] = []
+        try:
+            for address in addresses:
+                listeners += await open_listeners(address)
+            self.addresses = [str(listening_address(listener)) for listener in listeners]
+            with self._serving:
+                async with trio.open_nursery() as nursery:
+                    with self._accepting:
+                        task_status.started(self)
+                        await trio.serve_listeners(self._accept, listeners, handler_nursery=nursery)
+        finally:
+            for listener in listeners:
+                listener.socket.close()
+            for address in addresses:
+                remove_socket(address)
+
+    async def serve_transport(self, transport: Transport) -> None:
+        """Serve one connection until it ends."""
+        core = Connection("server", now=trio.current_time(), limits=self._limits)
+        async with trio.open_nursery() as nursery:
+            dispatcher = Dispatcher(self._table, core, transport, nursery, self._totals)
+            session = dispatcher.session
+            self._sessions[session] = None
+            try:
+                if self._draining:
+                    core.drain()
+                await session.run()
+            finally:
+                del self._sessions[session]
+                self._totals.add(session)
+                self._changed.unpark_all()
+                # Handlers end with their connection.
+                nursery.cancel_scope.cancel()
+
+    async def _accept(self, stream: trio.SocketStream) -> None:
+        await self.serve_transport(accepted_transport(stream))
+
+
+async def serve(
+    services: Sequence[Service],
+    *addresses: str,
+    limits: Limits = Limits(),
+    task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until cancelled, or until the server has been drained.
+
+    For `nursery.start`, which returns the `Server` once it listens. Cancelling it ends all
+    connections and handlers at once; `Server.drain` lets them end.
+
+    Args:
+        services: objects of classes derived from `Service`.
+        addresses: one or more of "tcp://host:port" and "unix:///path"; port 0 takes a free one.
+        limits: what each connection may use.
+        task_status: reports the `Server`; given by `nursery.start`.
+
+    Raises:
+        TypeError: a service is none.
+        ValueError: an address isn't one, none is given, or two services have the same method.
+        OSError: it isn't possible to listen there.
+    """
+    if not addresses:
+        raise ValueError("serve() needs an address to listen on")
+    parsed = [parse_address(address) for address in addresses]
+    await Server(services, limits).run(parsed, task_status)

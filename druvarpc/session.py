@@ -1,0 +1,275 @@
+"""One connection under trio: one task reads, one writes, one keeps time.
+
+The protocol is in the core (`druvarpc.protocol`); here its bytes meet a transport and its events
+meet tasks. Nobody but the writer writes; whoever gave the core something to send calls `flush`,
+which wakes the writer if it sleeps. A woken task runs after all the tasks that can run now, so that
+what they submit until then goes out in one write.
+
+`Pipe` is the data of one stream as tasks see it: `send` and `receive` that wait.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+import trio
+from trio.lowlevel import Abort, RaiseCancelT, Task
+
+from druvarpc.errors import CloseCode, ConnectionLost, RemoteProtocolError, RpcError, Status
+from druvarpc.protocol import Connection, Event, Stream
+from druvarpc.transports import Buffer, Transport
+
+logger = logging.getLogger("druvarpc")
+
+# What a last GOAWAY may take on its way, in seconds, and what the peer may then take to close.
+GOODBYE: Final = 2.0
+
+
+class Session:
+    """One connection.
+
+    Args:
+        core: its protocol.
+        transport: its bytes.
+        handle: called with each event of the core's; it must not raise.
+
+    Attributes:
+        failure: why the connection ended before its time; None while it runs, and if it was closed
+            in good order.
+        bytes_sent: written to the transport.
+        bytes_received: read from it.
+    """
+
+    def __init__(
+        self, core: Connection, transport: Transport, handle: Callable[[Event], None]
+    ) -> None:
+        self.core = core
+        self.transport = transport
+        self.failure: ConnectionLost | None = None
+        self.ended = False
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._handle = handle
+        self._sleeping: Task | None = None  # the writer
+        self._timer = trio.CancelScope()
+        self._write_began = math.inf
+        self._goodbye_at = math.inf
+        self._scope = trio.CancelScope()
+
+    def lost(self) -> ConnectionLost:
+        """Return the error of calls on a connection that has ended."""
+        return ConnectionLost(self.failure.message if self.failure else "the connection is closed")
+
+    def flush(self) -> None:
+        """See to it that what the core has to send is sent, after the tasks that can run now."""
+        if self._sleeping is not None:
+            trio.lowlevel.reschedule(self._sleeping)
+            self._sleeping = None
+
+    def close(self, code: CloseCode = CloseCode.NO_ERROR, message: str = "") -> None:
+        """End the connection at once, but tell the peer."""
+        self.core.close(code, message)
+        self._part()
+
+    def fail(self, message: str, cause: BaseException | None = None) -> None:
+        """Note why the connection ends, if that isn't known already."""
+        if self.failure is None:
+            self.failure = ConnectionLost(message)
+            self.failure.__cause__ = cause
+
+    def handle_events(self) -> None:
+        """Hand the core's events on, and send what came of them."""
+        try:
+            while (event := self.core.next_event()) is not None:
+                self._handle(event)
+        except RemoteProtocolError as error:
+            if self.failure is None:
+                logger.warning("%s: %s", self.transport.peer, error)
+                self.fail(f"the peer broke the protocol: {error}", error)
+                self._part()
+        if self.core.wants_to_send or self.core.drained:
+            self.flush()
+
+    async def run(self) -> None:
+        """Serve the connection until it ends, and close its transport.
+
+        `failure` says how it went; nothing is raised but on cancellation, which closes at once.
+        """
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._keep_time)
+                    nursery.start_soon(self._read)
+                    await self._write()
+                    # The core is closed or drained; what is left is to part from the peer.
+                    with trio.move_on_after(GOODBYE):
+                        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                            await self.transport.send_eof()
+                        await trio.sleep_forever()  # until the reader meets the end
+                    self._scope.cancel()
+        finally:
+            self.ended = True
+            self.transport.close()
+
+    async def _read(self) -> None:
+        core = self.core
+        try:
+            while data := await self.transport.receive():
+                self.bytes_received += len(data)
+                core.receive_data(data, trio.current_time())
+                self.handle_events()
+                self._set_timer()
+            if not core.drained:
+                self.fail("the peer closed the connection")
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self.fail(f"the connection broke: {error}", error)
+        self._scope.cancel()
+
+    async def _write(self) -> None:
+        core = self.core
+        try:
+            while True:
+                while core.wants_to_send:
+                    self._write_began = trio.current_time()
+                    buffers = core.data_to_send(self._write_began)
+                    self.handle_events()
+                    await self.transport.send(buffers)
+                    self._write_began = math.inf
+                    self.bytes_sent += sum(map(len, buffers))
+                if core.closed or core.drained:
+                    return
+                self._set_timer()
+                self._sleeping = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(self._wake_cancelled)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self.fail(f"the connection broke: {error}", error)
+            self._scope.cancel()
+
+    def _wake_cancelled(self, _: RaiseCancelT) -> Abort:
+        self._sleeping = None
+        return Abort.SUCCEEDED
+
+    async def _keep_time(self) -> None:
+        while True:
+            with trio.CancelScope(deadline=self._next_time()) as self._timer:
+                await trio.sleep_forever()
+            now = trio.current_time()
+            if now >= self._goodbye_at:
+                self._scope.cancel()
+            elif now >= self._write_began + self.core.limits.stall_timeout:
+                self.fail(f"the peer read nothing for {self.core.limits.stall_timeout:g} s")
+                self._scope.cancel()
+            else:
+                self.core.handle_timer(now)
+                self.handle_events()
+
+    def _next_time(self) -> float:
+        deadline = self.core.next_deadline()
+        return min(
+            math.inf if deadline is None else deadline,
+            self._goodbye_at,
+            self._write_began + self.core.limits.stall_timeout,
+        )
+
+    def _set_timer(self) -> None:
+        """Let the timer wake earlier if it must; one that wakes too early finds nothing to do."""
+        at = self._next_time()
+        if at < self._timer.deadline:
+            self._timer.deadline = at
+
+    def _part(self) -> None:
+        self._goodbye_at = min(self._goodbye_at, trio.current_time() + GOODBYE)
+        self._set_timer()
+        self.flush()
+
+
+class Pipe:
+    """The messages of one stream; one task may send and one receive at a time.
+
+    Args:
+        session: the connection.
+        stream: the stream.
+    """
+
+    __slots__ = ("_reader", "_session", "_stream", "_writer")
+
+    def __init__(self, session: Session, stream: Stream) -> None:
+        self._session = session
+        self._stream = stream
+        self._reader: Task | None = None
+        self._writer: Task | None = None
+
+    async def send(self, message: Buffer) -> bool:
+        """Send one message, which must not change after this; wait until there is room for more.
+
+        Cancelled, it leaves open whether the message goes out.
+
+        Returns:
+            False if nothing can be sent any more, since the call has ended.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        session = self._session
+        if session.ended or not session.core.can_send(self._stream):
+            return False
+        room = session.core.send(self._stream, message)
+        session.flush()
+        if not room:
+            if self._writer is not None:
+                raise trio.BusyResourceError("another task is sending in this stream")
+            self._writer = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._stop_writing)
+        return True
+
+    async def receive(self) -> bytes | None:
+        """Return the next message, or None after the last. Cancelled, it leaves the message there.
+
+        Raises:
+            RpcError: a message is longer than the limit.
+            ConnectionLost: the connection ended before the stream did.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        session, stream = self._session, self._stream
+        while True:
+            message = session.core.take(stream, trio.current_time())
+            if message is not None:
+                if session.core.wants_to_send:
+                    session.flush()
+                return message
+            if session.core.incoming(stream).too_long:
+                most = session.core.limits.max_message
+                raise RpcError(
+                    Status.RESOURCE_EXHAUSTED,
+                    f"{stream.method}: a message of more than {most} bytes",
+                )
+            if session.core.has_ended(stream):
+                return None
+            if session.ended:
+                raise session.lost()
+            if session.core.wants_to_send:
+                session.flush()
+            if self._reader is not None:
+                raise trio.BusyResourceError("another task is receiving from this stream")
+            self._reader = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._stop_reading)
+
+    def readable(self) -> None:
+        """Wake the task that receives."""
+        if self._reader is not None:
+            trio.lowlevel.reschedule(self._reader)
+            self._reader = None
+
+    def writable(self) -> None:
+        """Wake the task that sends."""
+        if self._writer is not None:
+            trio.lowlevel.reschedule(self._writer)
+            self._writer = None
+
+    def _stop_reading(self, _: RaiseCancelT) -> Abort:
+        self._reader = None
+        return Abort.SUCCEEDED
+
+    def _stop_writing(self, _: RaiseCancelT) -> Abort:
+        self._writer = None
+        return Abort.SUCCEEDED

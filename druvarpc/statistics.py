@@ -1,0 +1,77 @@
+"""What `Client.statistics` and `Server.statistics` return."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from druvarpc.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """A snapshot of what one client or server has done.
+
+    Attributes:
+        connections: open now.
+        calls_started: since the beginning, as are the other sums.
+        calls_active: begun and not ended.
+        calls_failed: ended with another status than OK, or by a lost connection; calls that their
+            caller cancelled don't count.
+        clubs_sent: frames of calls (by a client) or of replies (by a server), also of one alone.
+        calls_clubbed: calls or replies that went out in a frame with others.
+        bytes_sent: written to sockets.
+        bytes_received: read from sockets.
+        rtt: seconds of a round trip, the least measured on any open connection; None before the
+            first measurement.
+        send_window: bytes that may be sent before more credit comes, all connections together.
+        receive_window: bytes that peers may send before anything is consumed, likewise.
+    """
+
+    connections: int
+    calls_started: int
+    calls_active: int
+    calls_failed: int
+    clubs_sent: int
+    calls_clubbed: int
+    bytes_sent: int
+    bytes_received: int
+    rtt: float | None
+    send_window: int
+    receive_window: int
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums that outlive the connections they come from."""
+
+    calls_started: int = 0
+    calls_active: int = 0
+    calls_failed: int = 0
+    clubs_sent: int = 0
+    calls_clubbed: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    def add(self, session: Session) -> None:
+        """Add what a connection that has ended did."""
+        self.clubs_sent += session.core.clubs_sent
+        self.calls_clubbed += session.core.calls_clubbed
+        self.bytes_sent += session.bytes_sent
+        self.bytes_received += session.bytes_received
+
+    def with_open(self, sessions: Iterable[Session]) -> Statistics:
+        """Return the sums together with those of the open connections."""
+        opened = list(sessions)
+        cores = [session.core for session in opened]
+        return Statistics(
+            connections=len(opened),
+            calls_started=self.calls_started,
+            calls_active=self.calls_active,
+            calls_failed=self.calls_failed,
+            clubs_sent=self.clubs_sent + sum(core.clubs_sent for core in cores),
+            calls_clubbed=self.calls_clubbed + sum(core.calls_clubbed for core in cores),
+            bytes_sent=self.bytes_sent + sum(session.bytes_sent for session in opened),
+            bytes_received=self.bytes_received + sum(one.bytes_received for one in opened),
+            rtt=min((core.rtt for core in cores if core.rtt is not None), default=None),
+            send_window=sum(core.send_window for core in cores),
+            receive_window=sum(core.receive_window for core in cores),
+        )

@@ -1,0 +1,81 @@
+"""What can go wrong with a backup, apart from what the operating system reports."""
+
+from collections.abc import Sequence
+
+
+def display(path: bytes) -> str:
+    """Returns a path for people: on one line, whatever bytes it has."""
+    text = path.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class BackupError(Exception):
+    """The base of all errors of this package."""
+
+
+class ChunkError(BackupError):
+    """A chunk is not what its id and its size say."""
+
+
+class PackError(BackupError):
+    """A pack file does not hold what the catalogue says it does."""
+
+
+class CatalogueError(BackupError):
+    """The catalogue is damaged, or was made by a version of this program that is newer."""
+
+
+class StoreLocked(BackupError):
+    """Another process uses the store."""
+
+
+class StoreFailed(BackupError):
+    """The store could not write. What was being put is not stored."""
+
+
+class UnknownChunks(BackupError):
+    """Chunks were named that the store does not have.
+
+    Attributes:
+        ids: The ids of these chunks.
+    """
+
+    def __init__(self, ids: Sequence[bytes]) -> None:
+        super().__init__(f"{len(ids)} chunks are not in the store, {ids[0].hex()} first")
+        self.ids = ids
+
+
+class UnknownSnapshot(BackupError):
+    """No snapshot, or more than one, goes by that name or id."""
+
+
+class InvalidEntry(BackupError):
+    """An entry of a tree contradicts itself, those before it, or the chunks it names.
+
+    Attributes:
+        path: The entry's path.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, path: bytes, reason: str) -> None:
+        super().__init__(f"{display(path)}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class RestoreError(BackupError):
+    """An entry could not be restored.
+
+    Attributes:
+        path: The entry's path.
+        reason: Why.
+    """
+
+    def __init__(self, path: bytes, reason: str) -> None:
+        super().__init__(f"{display(path)}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class UnsafePath(RestoreError):
+    """An entry's path does not name a place inside the destination."""

@@ -1,0 +1,265 @@
+"""Restoring into a directory, whatever the snapshot says."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples.backup.errors import RestoreError, UnsafePath
+from examples.backup.target import Target, components
+from examples.backup.tree import Entry, Kind
+
+TIME = 1_234_567_890_123_456_789
+
+
+def directory(path: bytes, mode: int = 0o755) -> Entry:
+    return Entry(path, Kind.DIRECTORY, mode, TIME)
+
+
+def file(path: bytes, size: int = 0, mode: int = 0o644) -> Entry:
+    return Entry(path, Kind.FILE, mode, TIME, size)
+
+
+def link(path: bytes, target: bytes) -> Entry:
+    return Entry(path, Kind.SYMLINK, 0o777, TIME, target=target)
+
+
+def write(target: Target, path: bytes, content: bytes, mode: int = 0o644) -> None:
+    output = target.open(file(path, len(content), mode))
+    try:
+        output.write(0, content)
+        output.finish()
+    finally:
+        output.close()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "destination"
+
+
+@pytest.fixture
+def target(place: Path):
+    with Target(os.fsencode(place)) as target:
+        yield target
+
+
+def test_a_tree_is_restored_with_modes_and_times(place, target):
+    target.add(directory(b"", 0o750))
+    target.add(directory(b"d", 0o500))
+    target.add(link(b"d/link", b"../e"))
+    write(target, b"d/file", b"content", 0o604)
+    write(target, b"empty", b"")
+    target.finish()
+    assert (place / "d/file").read_bytes() == b"content"
+    assert os.readlink(place / "d/link") == "../e"
+    for name, mode in {"": 0o750, "d": 0o500, "d/file": 0o604, "empty": 0o644}.items():
+        status = (place / name).stat()
+        assert (status.st_mode & 0o7777, status.st_mtime_ns) == (mode, TIME)
+    assert (place / "d/link").lstat().st_mtime_ns == TIME
+
+
+def test_pieces_may_come_in_any_order(place, target):
+    output = target.open(file(b"file", 6))
+    output.write(4, b"ef")
+    output.write(0, memoryview(b"abcd"))
+    output.finish()
+    assert (place / "file").read_bytes() == b"abcdef"
+
+
+def test_the_last_part_says_how_large_the_file_is(place, target):
+    first = file(b"file", 10)
+    output = target.open(first)
+    output.write(0, b"abcd")
+    output.finish(first._replace(size=4, mtime_ns=5))
+    assert (place / "file").stat().st_mtime_ns == 5
+
+
+UNSAFE = [
+    b"..",
+    b"../x",
+    b"a/../../x",
+    b"/etc/passwd",
+    b"a//b",
+    b"a/",
+    b"./a",
+    b"a/.",
+    b"a\0b",
+    b"/",
+]
+
+
+@pytest.mark.parametrize("path", UNSAFE)
+def test_paths_that_lead_outside_are_refused(tmp_path, place, target, path):
+    target.add(directory(b"a"))
+    with pytest.raises(UnsafePath) as caught:
+        target.open(file(path))
+    assert caught.value.path == path
+    with pytest.raises(UnsafePath):
+        target.add(directory(path))
+    with pytest.raises(UnsafePath):
+        target.add(link(path, b"x"))
+    assert list(tmp_path.iterdir()) == [place]
+    assert list(place.rglob("*")) == [place / "a"]
+
+
+@given(st.lists(st.sampled_from([b"", b".", b"..", b"a", b"..a", b"\xff", b"\0"])))
+def test_accepted_paths_stay_inside(names):
+    path = b"/".join(names)
+    try:
+        accepted = components(path)
+    except UnsafePath:
+        assert {b"", b".", b"..", b"\0"} & set(names)
+    else:
+        assert b"/".join(accepted) == path
+        assert os.path.normpath(b"/root/" + path) == (b"/root/" + path).rstrip(b"/")
+
+
+def test_a_planted_link_is_not_followed(tmp_path, place, target):
+    outside = tmp_path / "outside"
+    outside.mkdir(mode=0o711)
+    (outside / "file").write_bytes(b"precious")
+    (place / "d").symlink_to(outside)
+    (place / "file").symlink_to(outside / "file")
+    with pytest.raises(RestoreError, match=r"d/x: "):
+        target.open(file(b"d/x"))
+    with pytest.raises(RestoreError, match=r"d: "):
+        target.add(directory(b"d"))
+    with pytest.raises(RestoreError, match=r"d/e: "):
+        target.add(directory(b"d/e"))
+    write(target, b"file", b"mine")
+    assert (place / "file").read_bytes() == b"mine"
+    assert not (place / "file").is_symlink()
+    assert [(path.name, path.read_bytes()) for path in outside.iterdir()] == [("file", b"precious")]
+    assert outside.stat().st_mode & 0o777 == 0o711
+
+
+def test_a_link_planted_after_the_directory_was_made_is_not_followed(tmp_path, place, target):
+    outside = tmp_path / "outside"
+    outside.mkdir(mode=0o711)
+    target.add(directory(b"d", 0o777))
+    (place / "d").rmdir()
+    (place / "d").symlink_to(outside)
+    with pytest.raises(RestoreError):
+        target.open(file(b"d/x"))
+    with pytest.raises(RestoreError):
+        target.finish()
+    assert list(outside.iterdir()) == []
+    assert outside.stat().st_mode & 0o777 == 0o711
+
+
+def test_links_of_the_snapshot_do_not_redirect_its_files(tmp_path, place, target):
+    target.add(directory(b"d"))
+    target.add(link(b"d", os.fsencode(tmp_path)))
+    write(target, b"d/file", b"inside")
+    with pytest.raises(RestoreError, match=r"d: "):
+        target.finish()
+    assert (place / "d/file").read_bytes() == b"inside"
+    assert not (tmp_path / "file").exists()
+
+
+def test_hard_links_are_not_written_through(tmp_path, place, target):
+    (tmp_path / "other").write_bytes(b"precious")
+    os.link(tmp_path / "other", place / "file")
+    write(target, b"file", b"mine")
+    assert (tmp_path / "other").read_bytes() == b"precious"
+    assert (place / "file").read_bytes() == b"mine"
+
+
+def test_what_exists_is_replaced_unless_it_is_a_directory(place, target):
+    (place / "link").symlink_to("old")
+    (place / "d").mkdir()
+    target.add(link(b"link", b"new"))
+    with pytest.raises(RestoreError, match=r"d: "):
+        target.open(file(b"d"))
+    target.finish()
+    assert os.readlink(place / "link") == "new"
+
+
+def test_special_permissions_are_left_out(place, target):
+    target.add(directory(b"d", 0o7755))
+    write(target, b"d/program", b"", 0o6755)
+    target.finish()
+    assert (place / "d").stat().st_mode & 0o7777 == 0o755
+    assert (place / "d/program").stat().st_mode & 0o7777 == 0o755
+
+
+@pytest.mark.parametrize(
+    ("offset", "content"), [(-1, b"x"), (0, b"12345"), (4, b"x"), (1 << 70, b"x"), (4, b"")]
+)
+def test_a_file_grows_no_larger_than_declared(target, offset, content):
+    output = target.open(file(b"file", 4))
+    if content or offset > 4:
+        with pytest.raises(RestoreError, match="outside"):
+            output.write(offset, content)
+    with pytest.raises(RestoreError, match="0 bytes written"):
+        output.finish()
+
+
+@pytest.mark.parametrize("pieces", [[], [(0, b"abc")], [(2, b"cd")], [(0, b"ab"), (0, b"ab")]])
+def test_an_incomplete_file_is_an_error(target, pieces):
+    output = target.open(file(b"file", 4))
+    for offset, content in pieces:
+        output.write(offset, content)
+    with pytest.raises(RestoreError, match="bytes written"):
+        output.finish()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        file(b""),
+        directory(b"d"),
+        file(b"missing/file"),
+        file(b"x" * 256),
+    ],
+)
+def test_what_cannot_be_opened_is_named(target, entry):
+    with pytest.raises(RestoreError) as caught:
+        target.open(entry)
+    assert caught.value.path == entry.path
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        link(b"link", b""),
+        link(b"link", b"a\0b"),
+        link(b"missing/link", b"x"),
+        directory(b"")._replace(mtime_ns=1 << 100),
+    ],
+)
+def test_what_cannot_be_finished_is_named(target, entry):
+    target.add(entry)
+    with pytest.raises(RestoreError) as caught:
+        target.finish()
+    assert caught.value.path == entry.path
+
+
+def test_files_and_the_root_as_links_are_refused(target):
+    for entry in (file(b"file"), link(b"", b"x")):
+        with pytest.raises(RestoreError):
+            target.add(entry)
+
+
+def test_an_error_shows_odd_names_on_one_line(target):
+    with pytest.raises(RestoreError, match=r"^missing/\\n\\x1b\\xff: No such"):
+        target.open(file(b"missing/\n\x1b\xff"))
+
+
+def test_nothing_is_done_after_close(target):
+    target.close()
+    target.close()
+    with pytest.raises(RestoreError):
+        target.open(file(b"file"))
+    with pytest.raises(RestoreError):
+        target.add(directory(b"d/e"))
+
+
+def test_the_destination_may_exist_and_its_parent_must(tmp_path):
+    (tmp_path / "there").mkdir()
+    Target(os.fsencode(tmp_path / "there")).close()
+    with pytest.raises(FileNotFoundError):
+        Target(os.fsencode(tmp_path / "not/there"))
