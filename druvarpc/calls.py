@@ -14,6 +14,7 @@ import msgspec
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task
 
+from druvarpc.codec import printable
 from druvarpc.errors import ConnectionLost, LocalProtocolError, RpcError, Status
 from druvarpc.protocol import (
     Event,
@@ -28,7 +29,7 @@ from druvarpc.protocol import (
     Writable,
 )
 from druvarpc.service import Cardinality, Method
-from druvarpc.session import Pipe, Session
+from druvarpc.session import Pipe, Session, closing
 from druvarpc.statistics import Totals
 
 # A server's DEADLINE_EXCEEDED that comes so close to the caller's own deadline, in seconds, is the
@@ -42,14 +43,15 @@ class Call(Stream):
     Attributes:
         task: what sleeps until the reply comes.
         done: the reply has come, or the call has failed here.
-        result: payload of the reply.
+        single: the server sends one result, not a stream.
+        result: that result, or what has come of it.
         outcome: what the reply says beside it.
         error: why the call failed here.
         pipe: the data of a streaming call.
         on_done: called when the call is done.
     """
 
-    __slots__ = ("calls", "done", "error", "on_done", "outcome", "pipe", "result", "task")
+    __slots__ = ("calls", "done", "error", "on_done", "outcome", "pipe", "result", "single", "task")
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class Call(Stream):
         payload: bytes,
         *,
         more: bool = False,
+        single: bool = True,
         lane: Priority = Priority.NORMAL,
         metadata: tuple[tuple[str, str | bytes], ...] = (),
         references: tuple[Reference, ...] = (),
@@ -75,6 +78,7 @@ class Call(Stream):
         self.calls = calls
         self.task: Task | None = None
         self.done = False
+        self.single = single
         self.result: bytes | None = None
         self.outcome: Outcome | None = None
         self.error: Exception | None = None
@@ -120,6 +124,17 @@ class Calls:
         self._totals = totals
         self._active: dict[Call, None] = {}
 
+    def check_open(self) -> None:
+        """See to it that calls can be sent.
+
+        Raises:
+            ConnectionLost: the connection has ended or takes no more calls.
+        """
+        if self.session.ended or not self.session.core.accepts_calls:
+            error = self.session.lost()
+            error.not_started = True
+            raise error
+
     def submit(self, *calls: Call, club: bool = False) -> None:
         """Send calls; as one club, if that is asked for.
 
@@ -127,11 +142,8 @@ class Calls:
             ConnectionLost: the connection has ended or takes no more calls.
             RpcError: INVALID_ARGUMENT, the calls can't be sent.
         """
+        self.check_open()
         session = self.session
-        if session.ended or not session.core.accepts_calls:
-            error = session.lost()
-            error.not_started = True
-            raise error
         try:
             if club:
                 session.core.club(calls)
@@ -151,6 +163,8 @@ class Calls:
         session, now = self.session, trio.current_time()
         if call in self._active:
             self._end(call)
+        if session.ended:
+            return
         passed = call.deadline is not None and now >= call.deadline
         session.core.reset(call, now, Status.DEADLINE_EXCEEDED if passed else Status.CANCELLED)
         if session.core.wants_to_send:
@@ -175,7 +189,8 @@ class Calls:
             for stream, payload, outcome in event.replies:
                 assert isinstance(stream, Call)
                 self._end(stream)
-                stream.result = payload
+                if payload is not None:
+                    self._take_result(stream, payload)
                 if outcome is not None:
                     stream.outcome = outcome
                     if outcome.status:
@@ -188,12 +203,13 @@ class Calls:
             if event.stream.pipe is not None:
                 event.stream.pipe.writable()
         elif isinstance(event, GoAwayReceived):
+            message = printable(event.message)
+            self.session.reason = f"the server goes away: {message}"
             for stream in event.refused:
                 assert isinstance(stream, Call)
-                reason = event.message or "the server goes away"
-                self.fail(stream, ConnectionLost(reason, not_started=True))
+                self.fail(stream, ConnectionLost(self.session.reason, not_started=True))
             if event.code:
-                self.session.fail(f"the server closed the connection: {event.message}")
+                self.session.fail(f"the server closed the connection: {message}")
         elif isinstance(event, Stalled):
             assert isinstance(event.stream, Call)
             self.fail(
@@ -203,14 +219,25 @@ class Calls:
 
     def _readable(self, call: Stream) -> None:
         assert isinstance(call, Call)
-        if call.pipe is not None:
+        if not call.single:
+            assert call.pipe is not None
             call.pipe.readable()
-        elif self.session.core.incoming(call).too_long:
+            return
+        # At once, whether or not anybody waits for it: held in the core it would keep the credit
+        # that other calls need to end.
+        while (message := self.session.core.take(call, trio.current_time())) is not None:
+            self._take_result(call, message)
+        if self.session.core.incoming(call).too_long:
             # Its reply won't come: the server waits for credit that isn't given any more.
             most = self.session.core.limits.max_message
-            message = f"{call.method}: a result of more than {most} bytes"
-            self.fail(call, RpcError(Status.RESOURCE_EXHAUSTED, message))
+            text = f"{call.method}: a result of more than {most} bytes"
+            self.fail(call, RpcError(Status.RESOURCE_EXHAUSTED, text))
             self.abandon(call)
+
+    def _take_result(self, call: Call, payload: bytes) -> None:
+        if call.result is not None:
+            call.error = RpcError(Status.INTERNAL, f"{call.method}: a reply with two results")
+        call.result = payload
 
     async def wait(self, call: Call) -> None:
         """Wait until a call is done; cancelled, abandon it."""
@@ -243,14 +270,11 @@ class Calls:
         await self.wait(call)
         if call.failed:
             await self.check(call)
-        if call.result is not None:
-            return call.result
-        # Too large for a reply, it came as data.
-        payload = self.session.core.take(call, trio.current_time())
-        self.abandon(call)
-        if payload is None:
-            raise RpcError(Status.INTERNAL, f"{call.method}: the reply has no result")
-        return payload
+        if call.incoming is not None:
+            self.abandon(call)
+        if call.result is None:
+            raise RpcError(Status.INTERNAL, f"{call.method}: a reply without a result")
+        return call.result
 
     def _end(self, call: Call) -> None:
         del self._active[call]
@@ -268,7 +292,7 @@ class Calls:
         self, method: Method, options: "Options", payload: bytes, source: AsyncIterable[Any]
     ) -> Any:
         """Make a client-streaming call."""
-        call = self._open(method, options, payload, more=True)
+        call = self._open(method, options, payload)
         try:
             with trio.CancelScope() as sending:
                 # A reply that comes early ends the sending; it is the caller's own task that sends.
@@ -284,7 +308,7 @@ class Calls:
         self, method: Method, options: "Options", payload: bytes
     ) -> AsyncGenerator[Any, None]:
         """Make a server-streaming call, which begins with the first item that is asked for."""
-        call = self._open(method, options, payload, more=False)
+        call = self._open(method, options, payload)
         try:
             assert call.pipe is not None
             while (message := await call.pipe.receive()) is not None:
@@ -297,7 +321,7 @@ class Calls:
         self, method: Method, options: "Options", payload: bytes, source: AsyncIterable[Any]
     ) -> AsyncGenerator[Any, None]:
         """Make a bidirectional call, which begins with the first item that is asked for."""
-        call = self._open(method, options, payload, more=True)
+        call = self._open(method, options, payload)
         sending, sent = trio.CancelScope(), trio.Event()
         self.nursery.start_soon(self._send_beside, call, method, source, sending, sent)
         try:
@@ -311,9 +335,15 @@ class Calls:
             with trio.CancelScope(shield=True):
                 await sent.wait()
 
-    def _open(self, method: Method, options: "Options", payload: bytes, *, more: bool) -> Call:
+    def _open(self, method: Method, options: "Options", payload: bytes) -> Call:
         call = Call(
-            self, method.name, payload, more=more, lane=options.lane, metadata=options.metadata
+            self,
+            method.name,
+            payload,
+            more=method.cardinality.client_streaming,
+            single=not method.cardinality.server_streaming,
+            lane=options.lane,
+            metadata=options.metadata,
         )
         call.pipe = Pipe(self.session, call)
         self.submit(call)
@@ -321,9 +351,10 @@ class Calls:
 
     async def _send_all(self, call: Call, method: Method, source: AsyncIterable[Any]) -> None:
         assert call.pipe is not None
-        async for item in source:
-            if not await call.pipe.send(method.encode_request(item)):
-                return
+        async with closing(source):
+            async for item in source:
+                if not await call.pipe.send(method.encode_request(item)):
+                    return
         if self.session.core.can_send(call):
             self.session.core.end(call)
             self.session.flush()

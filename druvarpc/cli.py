@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import trio
 
 from druvarpc import RpcError, __version__, connect
+from druvarpc.codec import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,14 +17,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     ping = commands.add_parser("ping", help="measure the round trip to a server")
     ping.add_argument("url", help="tcp://host:port or unix:///path")
-    ping.add_argument("--count", type=int, default=4, help="how often (default: %(default)s)")
+    ping.add_argument("--count", type=_positive, default=4, help="how often (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         trio.run(_ping, options.url, options.count)
     except (RpcError, ValueError) as error:
-        print(f"druvarpc: {error}", file=sys.stderr)
+        # What a server sent mustn't move the cursor of a terminal.
+        print(f"druvarpc: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
 
 
 async def _ping(url: str, count: int) -> None:

@@ -19,7 +19,7 @@ from druvarpc.protocol import (
     SettingsReceived,
 )
 from druvarpc.service import Service, methods_of
-from druvarpc.session import Session
+from druvarpc.session import Session, quiet_nursery
 from druvarpc.statistics import Statistics, Totals
 from druvarpc.transports import Transport, open_transport, parse_address
 
@@ -36,10 +36,11 @@ class Client:
     """
 
     def __init__(self, core: Connection, transport: Transport, nursery: trio.Nursery) -> None:
-        self._session = Session(core, transport, self._handle)
+        self._session = Session(core, transport, self._handle, self._lose)
         self._totals = Totals()
         self._calls = Calls(self._session, nursery, self._totals)
         self._pongs = trio.lowlevel.ParkingLot()
+        self._last_pong = 0
         self._settled = trio.Event()
         self._ended = trio.Event()
 
@@ -82,7 +83,10 @@ class Client:
             ExceptionGroup: of the errors of the calls that failed.
         """
         club = Club(self._calls)
-        yield club
+        try:
+            yield club
+        finally:
+            club.closed = True
         errors = await club.settle()
         if errors and raise_errors:
             raise ExceptionGroup("calls of a club failed", errors)
@@ -95,46 +99,54 @@ class Client:
         """
         start = trio.current_time()
         if not self._session.ended:
-            self._session.core.ping(start)
+            id = self._session.core.ping(start)
             self._session.flush()
-            await self._pongs.park()
+            # Others ping too, the core among them.
+            while self._last_pong < id and not self._session.ended:
+                await self._pongs.park()
         if self._session.ended:
             raise self._session.lost()
         return trio.current_time() - start
 
     def statistics(self) -> Statistics:
         """Return what this client has done so far."""
-        return self._totals.with_open([] if self._session.ended else [self._session])
+        return self._totals.with_open([] if self._ended.is_set() else [self._session])
 
-    async def _run(self) -> None:
-        """Serve the connection until it ends, and fail the calls that are left."""
+    async def run(self) -> None:
+        """Serve the connection until it ends."""
         try:
             await self._session.run()
         finally:
             self._totals.add(self._session)
-            self._calls.fail_all()
-            self._pongs.unpark_all()
-            self._settled.set()
             self._ended.set()
 
-    async def _settle(self, timeout: float) -> None:
-        """Wait for the server's settings."""
-        with trio.move_on_after(timeout):
+    async def settle(self, start: float, timeout: float) -> None:
+        """Wait for the server's settings, until `timeout` seconds after `start`."""
+        with trio.move_on_at(start + timeout):
             await self._settled.wait()
+        peer = self._session.transport.peer
         if self._session.ended:
-            raise ConnectionLost(self._session.lost().message, not_started=True)
+            reason = self._session.lost().message
+            raise ConnectionLost(f"can't connect to {peer}: {reason}", not_started=True)
         if not self._settled.is_set():
-            raise ConnectionLost(f"no answer within {timeout:g} s", not_started=True)
+            raise _no_answer(peer, timeout)
 
-    async def _close(self) -> None:
+    async def close(self) -> None:
         """End the connection in good order."""
         self._session.close(message="the client is closed")
         await self._ended.wait()
+
+    def _lose(self) -> None:
+        """Fail all that waits for the server."""
+        self._calls.fail_all()
+        self._pongs.unpark_all()
+        self._settled.set()
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, SettingsReceived):
             self._settled.set()
         elif isinstance(event, PongReceived):
+            self._last_pong = event.id
             self._pongs.unpark_all()
         else:
             self._calls.handle(event)
@@ -169,34 +181,32 @@ async def connect(
     with trio.move_on_after(connect_timeout):
         transport = await open_transport(parsed)
     if transport is None:
-        raise ConnectionLost(
-            f"can't connect to {parsed} within {connect_timeout:g} s", not_started=True
-        )
-    left = connect_timeout - (trio.current_time() - start)
-    async with connect_by(transport, clubbing=clubbing, limits=limits, timeout=left) as client:
+        raise _no_answer(str(parsed), connect_timeout)
+    async with connect_by(
+        transport, clubbing=clubbing, limits=limits, start=start, timeout=connect_timeout
+    ) as client:
         yield client
 
 
 @asynccontextmanager
 async def connect_by(
-    transport: Transport, *, clubbing: Clubbing, limits: Limits, timeout: float
+    transport: Transport, *, clubbing: Clubbing, limits: Limits, start: float, timeout: float
 ) -> AsyncGenerator[Client, None]:
-    """Be a client on a transport, which is closed in the end; see `connect`."""
-    failure: BaseException | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            core = Connection("client", now=trio.current_time(), limits=limits, clubbing=clubbing)
-            client = Client(core, transport, nursery)
-            nursery.start_soon(client._run)
-            await client._settle(timeout)
-            yield client
-            await client._close()
-            nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        # The tasks of the nursery raise nothing, so a single exception is the block's own: it
-        # leaves as it is, and not wrapped for the sake of tasks that its author knows nothing of.
-        if len(group.exceptions) > 1:
-            raise
-        failure = group.exceptions[0]
-    if failure is not None:
-        raise failure
+    """Be a client on a transport, which is closed in the end; see `connect`.
+
+    The server must have answered `timeout` seconds after `start`.
+    """
+    async with quiet_nursery() as nursery:
+        core = Connection("client", now=trio.current_time(), limits=limits, clubbing=clubbing)
+        client = Client(core, transport, nursery)
+        nursery.start_soon(client.run)
+        await client.settle(start, timeout)
+        yield client
+        await client.close()
+        nursery.cancel_scope.cancel()
+
+
+def _no_answer(peer: str, timeout: float) -> ConnectionLost:
+    return ConnectionLost(
+        f"can't connect to {peer}: no answer within {timeout:g} s", not_started=True
+    )

@@ -1,11 +1,12 @@
 """Explicit clubs: calls that go out together and may use each other's results."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Generic, TypeVar
 
 from druvarpc.calls import Call, Calls, stub_method
 from druvarpc.errors import RpcError, Status
 from druvarpc.protocol import Reference
+from druvarpc.protocol.clubs import MAX_PATH, MAX_REFERENCES
 from druvarpc.service import Cardinality, Method
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ class Part:
     def __getitem__(self, step: str | int) -> "Part":
         if type(step) is not str and (type(step) is not int or step < 0):
             raise TypeError(f"a part of a reply is a key or an index from 0, not {step!r}")
+        if len(self._path) == MAX_PATH:
+            raise ValueError(f"a part of a reply lies at most {MAX_PATH} steps deep")
         return Part(self._reply, (*self._path, step))
 
     def __iter__(self) -> Any:
@@ -67,7 +70,9 @@ class Reply(Part, Generic[T]):
             RpcError: the call failed.
         """
         if not self._club.ended:
-            raise RuntimeError("a reply has no value before its club's block has ended")
+            raise RuntimeError(
+                "a reply has a value once its club's block has ended without raising"
+            )
         if self._error is not None:
             raise self._error
         return self._value  # type: ignore[return-value]  # set when there is no error
@@ -106,10 +111,12 @@ class Club:
     """Calls that go out in one frame when the block of `Client.club` ends.
 
     Attributes:
+        closed: no call can be added any more.
         ended: every reply is settled.
     """
 
     def __init__(self, calls: Calls) -> None:
+        self.closed = False
         self.ended = False
         self._calls = calls
         self._begun: list[tuple[Reply[Any], Call]] = []
@@ -121,11 +128,12 @@ class Club:
 
         Raises:
             TypeError: `method` is no unary method of a stub, or the arguments are not its own.
-            ValueError: the stub or a reply belongs to somebody else.
+            ValueError: the stub or a reply belongs to somebody else, or too many arguments are
+                replies.
             RpcError: INVALID_ARGUMENT, an argument can't be encoded.
             RuntimeError: the club's block has ended.
         """
-        if self.ended:
+        if self.closed:
             raise RuntimeError("the club's block has ended")
         stub = stub_method(method)
         row = stub.method
@@ -139,6 +147,8 @@ class Club:
             for position, argument in enumerate(arguments)
             if isinstance(argument, Part)
         )
+        if len(references) > MAX_REFERENCES:
+            raise ValueError(f"{row.name}: more than {MAX_REFERENCES} arguments are replies")
         payload = row.encode_arguments(
             tuple(None if isinstance(one, Part) else one for one in arguments)
         )
@@ -171,24 +181,41 @@ class Club:
         """Send the calls in as few frames as the server's limits allow."""
         peer = self._calls.session.core.peer
         most = min(peer.max_club, peer.max_calls)
-        for start in range(0, len(self._begun), most):
-            part = self._begun[start : start + most]
-            try:
-                self._calls.submit(
-                    *(_shift(call, start, part[0][1]) for _, call in part), club=True
-                )
-            except RpcError as error:
-                for reply, _ in part:
-                    reply.fail(error)
+        places: dict[int, int] = {}  # in the frame, by the index in the club
+        for index, (reply, call) in enumerate(self._begun):
+            if len(places) == most:
+                self._send(places)
+                places = {}
+            missing = next((one.call for one in call.references if one.call not in places), None)
+            if missing is not None:
+                reply.fail(self._unreachable(call, missing))
+                continue
+            call.references = tuple(one._replace(call=places[one.call]) for one in call.references)
+            places[index] = len(places)
+        if places:
+            self._send(places)
 
+    def _send(self, indices: Iterable[int]) -> None:
+        """Send some of the calls in one frame."""
+        part = [self._begun[index] for index in indices]
+        for _, call in part:
+            call.lane = part[0][1].lane
+        try:
+            self._calls.submit(*(call for _, call in part), club=True)
+        except RpcError as error:
+            for reply, _ in part:
+                reply.fail(error)
 
-def _shift(call: Call, start: int, first: Call) -> Call:
-    """Make a call one of the part of the club that begins with `first`, at index `start`."""
-    call.lane = first.lane
-    call.references = tuple(one._replace(call=one.call - start) for one in call.references)
-    if any(reference.call < 0 for reference in call.references):
-        raise RpcError(
+    def _unreachable(self, call: Call, index: int) -> RpcError:
+        """Return the error of a call that refers to one which isn't in the same frame."""
+        if self._begun[index][0].error is not None:
+            return RpcError(
+                Status.FAILED_PRECONDITION,
+                f"call {index} of the club, which this one needs, has no result",
+                not_started=True,
+            )
+        return RpcError(
             Status.INVALID_ARGUMENT,
             f"{call.method}: refers to a call that is too far ahead to go out in the same frame",
+            not_started=True,
         )
-    return call

@@ -15,16 +15,16 @@ import math
 import types
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
-from contextlib import aclosing, nullcontext
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task
 
+from druvarpc.codec import printable
 from druvarpc.errors import LocalProtocolError, RpcError, Status
 from druvarpc.protocol import (
     CallsReceived,
@@ -40,7 +40,7 @@ from druvarpc.protocol import (
     Writable,
 )
 from druvarpc.service import Cardinality, Method, Service, implementation_of, methods_of
-from druvarpc.session import Pipe, Session
+from druvarpc.session import Pipe, Session, closing
 from druvarpc.statistics import Totals
 from druvarpc.transports import Transport
 
@@ -110,9 +110,10 @@ def dispatch_table(services: Sequence[Service]) -> dict[str, Entry]:
     """
     table: dict[str, Entry] = {}
     for service in services:
-        if not isinstance(service, Service):
+        kind: type = type(service)
+        if not issubclass(kind, Service):
             raise TypeError(f"{service!r} is not a druvarpc.Service")
-        for method in methods_of(type(service)).values():
+        for method in methods_of(kind).values():
             if method.name in table:
                 raise ValueError(f"two services have the method {method.name}")
             table[method.name] = Entry(method, implementation_of(service, method))
@@ -179,7 +180,7 @@ class Dispatcher:
         nursery: trio.Nursery,
         totals: Totals,
     ) -> None:
-        self.session = Session(core, transport, self._handle)
+        self.session = Session(core, transport, self._handle, self._discard)
         self._core = core
         self._table = table
         self._nursery = nursery
@@ -187,11 +188,18 @@ class Dispatcher:
         self._queue: deque[Stream] = deque()
         self._idle: list[Task] = []
         self._waking = False
+        self._active = 0
+
+    def forget(self) -> None:
+        """Count the calls that have ended with the connection: they get no reply."""
+        self._totals.calls_active -= self._active
+        self._totals.calls_failed += self._active
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, CallsReceived):
             self._totals.calls_started += len(event.calls)
             self._totals.calls_active += len(event.calls)
+            self._active += len(event.calls)
             self._queue.extend(event.calls)
             self._wake()
         elif isinstance(event, ResetReceived):
@@ -207,7 +215,11 @@ class Dispatcher:
             if isinstance(event.stream.token, _Worker) and event.stream.token.pipe is not None:
                 event.stream.token.pipe.writable()
         elif isinstance(event, GoAwayReceived) and event.code:
-            self.session.fail(f"the client closed the connection: {event.message}")
+            self.session.fail(f"the client closed the connection: {printable(event.message)}")
+
+    def _discard(self) -> None:
+        """Begin no more handlers, since nobody will hear of their results."""
+        self._queue.clear()
 
     def _stop(self, call: Stream, outcome: Outcome) -> None:
         worker = call.token
@@ -234,12 +246,8 @@ class Dispatcher:
         worker = _Worker()
         busy = True
         while busy:
-            try:
-                with trio.CancelScope() as worker.scope:
-                    busy = await self._run_calls(worker)
-            except Exception as error:
-                # What a handler's tasks raised while it was being cancelled.
-                self._failed(worker, error)
+            with trio.CancelScope() as worker.scope:
+                busy = await self._run_calls(worker)
             call = worker.call
             if call is not None:
                 late = Outcome(Status.DEADLINE_EXCEEDED, "the deadline passed")
@@ -293,6 +301,14 @@ class Dispatcher:
                 payload = await _in_context(context, self._answer(worker, entry, call))
             except Exception as error:
                 self._failed(worker, error)
+            except BaseExceptionGroup as group:
+                # Cancelled beside what tasks of the handler raised in their cleanup. That ends
+                # here: in the pool's nursery it would end the server.
+                errors, rest = group.split(Exception)
+                if errors is not None:
+                    self._failed(worker, errors)
+                assert rest is not None, "a group of Exceptions alone is one itself"
+                raise rest from None
             else:
                 self._end(worker, call, payload, None)
         if call.deadline is not None:
@@ -313,7 +329,7 @@ class Dispatcher:
         if method.cardinality is Cardinality.STREAM_UNARY:
             return method.encode_result(await handler(*arguments))
         items = handler(*arguments)
-        async with aclosing(items) if hasattr(items, "aclose") else nullcontext():
+        async with closing(items):
             async for item in items:
                 if not await pipe.send(method.encode_response(item)):
                     break
@@ -332,25 +348,42 @@ class Dispatcher:
             outcome = Outcome(
                 found.status,
                 found.message,
-                _encode_details(call.method, found.details),
+                _encode_details(call.method, found.details, self._core.peer.max_inline),
                 not_started=found.not_started,
             )
-        self._end(worker, call, None, outcome)
+        # The items that the handler sent before it failed still arrive.
+        self._end(worker, call, None, outcome, after_data=worker.stopped is None)
 
     def _end(
-        self, worker: _Worker, call: Stream, payload: bytes | None, outcome: Outcome | None
+        self,
+        worker: _Worker,
+        call: Stream,
+        payload: bytes | None,
+        outcome: Outcome | None,
+        *,
+        after_data: bool = False,
     ) -> None:
         worker.call = worker.pipe = None
         call.token = None
-        self._reply(call, payload, outcome)
+        self._reply(call, payload, outcome, after_data=after_data)
 
-    def _reply(self, call: Stream, payload: bytes | None, outcome: Outcome | None) -> None:
+    def _reply(
+        self,
+        call: Stream,
+        payload: bytes | None,
+        outcome: Outcome | None,
+        *,
+        after_data: bool = False,
+    ) -> None:
+        if self.session.ended:
+            return
+        self._active -= 1
         self._totals.calls_active -= 1
-        if outcome is not None and outcome.status:
+        if outcome is not None and outcome.status and call.state is not State.RESET:
             self._totals.calls_failed += 1
         now = trio.current_time()
         try:
-            self._core.reply(call, now, payload, outcome)
+            self._core.reply(call, now, payload, outcome, after_data=after_data)
         except LocalProtocolError as error:
             logger.error("%s: the reply can't be sent: %s", call.method, error)  # noqa: TRY400 - no traceback of ours
             self._core.reply(call, now, None, Outcome(Status.INTERNAL, "the server failed"))
@@ -377,16 +410,24 @@ def _in_context(context: Context, coroutine: Coroutine[Any, Any, T]) -> Generato
 
 def _rpc_error(error: BaseException) -> RpcError | None:
     """Return the RpcError that `error` is, or is alone in: nurseries wrap what they let through."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
+    while isinstance(error, BaseExceptionGroup):
+        first, *others = cast("BaseExceptionGroup[BaseException]", error).exceptions
+        if others:
+            return None
+        error = first
     return error if isinstance(error, RpcError) else None
 
 
-def _encode_details(method: str, details: object) -> bytes | None:
+def _encode_details(method: str, details: object, most: int) -> bytes | None:
+    """Return details as they travel; None, after a line in the log, for those that can't."""
     if details is None:
         return None
     try:
-        return msgspec.msgpack.encode(details)
+        encoded = msgspec.msgpack.encode(details)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         logger.error("%s: an error's details can't be sent: %s", method, error)  # noqa: TRY400 - likewise
         return None
+    if len(encoded) > most:
+        logger.error("%s: an error's details of more than %d bytes can't be sent", method, most)
+        return None
+    return encoded

@@ -1,6 +1,7 @@
 """The server: accepts connections, and runs the handlers of the services that it offers."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Final
 
 import trio
@@ -32,6 +33,7 @@ class Server:
 
     def __init__(self, services: Sequence[Service], limits: Limits) -> None:
         self.addresses: list[str] = []
+        self._bound: list[Address] = []
         self._table = dispatch_table(services)
         self._limits = limits
         self._totals = Totals()
@@ -55,6 +57,7 @@ class Server:
             timeout: seconds after which what still runs is cancelled.
         """
         self._draining = True
+        self._remove_sockets()
         self._accepting.cancel()
         for session in self._sessions:
             session.core.drain()
@@ -74,17 +77,19 @@ class Server:
         try:
             for address in addresses:
                 listeners += await open_listeners(address)
+                self._bound.append(address)
             self.addresses = [str(listening_address(listener)) for listener in listeners]
             with self._serving:
                 async with trio.open_nursery() as nursery:
-                    with self._accepting:
+                    with self._accepting, ExitStack() as stack:
+                        # Not as late as below: handlers may take long to end.
+                        stack.callback(self._remove_sockets)
                         task_status.started(self)
                         await trio.serve_listeners(self._accept, listeners, handler_nursery=nursery)
         finally:
+            self._remove_sockets()
             for listener in listeners:
                 listener.socket.close()
-            for address in addresses:
-                remove_socket(address)
 
     async def serve_transport(self, transport: Transport) -> None:
         """Serve one connection until it ends."""
@@ -100,9 +105,18 @@ class Server:
             finally:
                 del self._sessions[session]
                 self._totals.add(session)
+                dispatcher.forget()
                 self._changed.unpark_all()
                 # Handlers end with their connection.
                 nursery.cancel_scope.cancel()
+
+    def _remove_sockets(self) -> None:
+        """Remove the files of this server's Unix sockets, once.
+
+        Before they are closed where that can be: later, a file of the name may be a successor's.
+        """
+        while self._bound:
+            remove_socket(self._bound.pop())
 
     async def _accept(self, stream: trio.SocketStream) -> None:
         await self.serve_transport(accepted_transport(stream))

@@ -10,9 +10,9 @@ what they submit until then goes out in one write.
 
 import logging
 import math
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Final
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final
 
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task
@@ -27,6 +27,50 @@ logger = logging.getLogger("druvarpc")
 GOODBYE: Final = 2.0
 
 
+@asynccontextmanager
+async def quiet_nursery() -> AsyncGenerator[trio.Nursery, None]:
+    """A nursery for tasks that raise nothing, whose block may raise.
+
+    What the block raises leaves as it is, not in an ExceptionGroup for the sake of tasks that the
+    author of the block knows nothing of.
+    """
+    failure: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            try:
+                yield nursery
+            except trio.Cancelled:
+                raise  # maybe for the nursery's own sake
+            except BaseException as error:
+                # Kept from the nursery, which would wrap it, and beside cancellation do so even
+                # where the scope that is cancelled takes its part out.
+                failure = error
+                nursery.cancel_scope.cancel()
+    finally:
+        if failure is not None:
+            raise failure
+
+
+@asynccontextmanager
+async def closing(items: AsyncIterable[Any]) -> AsyncGenerator[None, None]:
+    """Close a generator that somebody else wrote; other iterables are left as they are.
+
+    It differs from `contextlib.aclosing` for one that waits at a `yield` inside of a nursery's
+    block: it ends with GeneratorExit in a group, which neither Python nor a cancel scope takes for
+    a good end.
+    """
+    try:
+        yield
+    finally:
+        if isinstance(items, AsyncGenerator):
+            try:
+                await items.aclose()
+            except BaseExceptionGroup as group:
+                rest = group.split(GeneratorExit)[1]
+                if rest is not None:
+                    raise rest from None
+
+
 class Session:
     """One connection.
 
@@ -34,24 +78,34 @@ class Session:
         core: its protocol.
         transport: its bytes.
         handle: called with each event of the core's; it must not raise.
+        on_end: called once, when no more events will come; nor may this raise.
 
     Attributes:
         failure: why the connection ended before its time; None while it runs, and if it was closed
             in good order.
+        ended: no more events will come, though the last GOAWAY may still be on its way.
+        reason: why it takes no more calls, for the errors of calls if there is no failure.
         bytes_sent: written to the transport.
         bytes_received: read from it.
     """
 
     def __init__(
-        self, core: Connection, transport: Transport, handle: Callable[[Event], None]
+        self,
+        core: Connection,
+        transport: Transport,
+        handle: Callable[[Event], None],
+        on_end: Callable[[], None],
     ) -> None:
         self.core = core
         self.transport = transport
         self.failure: ConnectionLost | None = None
         self.ended = False
+        self.reason = "the connection is closed"
         self.bytes_sent = 0
         self.bytes_received = 0
         self._handle = handle
+        self._on_end = on_end
+        self._handling = False
         self._sleeping: Task | None = None  # the writer
         self._timer = trio.CancelScope()
         self._write_began = math.inf
@@ -60,7 +114,7 @@ class Session:
 
     def lost(self) -> ConnectionLost:
         """Return the error of calls on a connection that has ended."""
-        return ConnectionLost(self.failure.message if self.failure else "the connection is closed")
+        return ConnectionLost(self.failure.message if self.failure else self.reason)
 
     def flush(self) -> None:
         """See to it that what the core has to send is sent, after the tasks that can run now."""
@@ -81,6 +135,11 @@ class Session:
 
     def handle_events(self) -> None:
         """Hand the core's events on, and send what came of them."""
+        if self._handling:
+            # Handling an event made others. They have their turn after it, not inside it: a
+            # thousand resets that came together would be as many calls in each other.
+            return
+        self._handling = True
         try:
             while (event := self.core.next_event()) is not None:
                 self._handle(event)
@@ -89,6 +148,8 @@ class Session:
                 logger.warning("%s: %s", self.transport.peer, error)
                 self.fail(f"the peer broke the protocol: {error}", error)
                 self._part()
+        finally:
+            self._handling = False
         if self.core.wants_to_send or self.core.drained:
             self.flush()
 
@@ -104,13 +165,14 @@ class Session:
                     nursery.start_soon(self._read)
                     await self._write()
                     # The core is closed or drained; what is left is to part from the peer.
+                    self._end()
                     with trio.move_on_after(GOODBYE):
                         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                             await self.transport.send_eof()
                         await trio.sleep_forever()  # until the reader meets the end
                     self._scope.cancel()
         finally:
-            self.ended = True
+            self._end()
             self.transport.close()
 
     async def _read(self) -> None:
@@ -135,6 +197,7 @@ class Session:
                     self._write_began = trio.current_time()
                     buffers = core.data_to_send(self._write_began)
                     self.handle_events()
+                    self._set_timer()
                     await self.transport.send(buffers)
                     self._write_began = math.inf
                     self.bytes_sent += sum(map(len, buffers))
@@ -182,7 +245,13 @@ class Session:
     def _part(self) -> None:
         self._goodbye_at = min(self._goodbye_at, trio.current_time() + GOODBYE)
         self._set_timer()
+        self._end()
         self.flush()
+
+    def _end(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self._on_end()
 
 
 class Pipe:

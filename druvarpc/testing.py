@@ -12,6 +12,7 @@ from druvarpc.client import CONNECT_TIMEOUT, Client, connect_by
 from druvarpc.protocol import Clubbing, Limits
 from druvarpc.server import Server
 from druvarpc.service import Service
+from druvarpc.session import quiet_nursery
 from druvarpc.transports import memory_transports
 
 __all__ = ["connected"]
@@ -37,18 +38,14 @@ async def connected(
     """
     near, far = memory_transports()
     server = Server(services, server_limits)
-    failure: BaseException | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(server.serve_transport, far)
-            async with connect_by(
-                near, clubbing=clubbing, limits=limits, timeout=CONNECT_TIMEOUT
-            ) as client:
-                yield client
-            nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        if len(group.exceptions) > 1:
-            raise
-        failure = group.exceptions[0]
-    if failure is not None:
-        raise failure
+    async with quiet_nursery() as nursery:
+        nursery.start_soon(server.serve_transport, far)
+        async with connect_by(
+            near,
+            clubbing=clubbing,
+            limits=limits,
+            start=trio.current_time(),
+            timeout=CONNECT_TIMEOUT,
+        ) as client:
+            yield client
+        nursery.cancel_scope.cancel()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 from urllib.parse import urlsplit
 
 import trio
@@ -61,18 +61,19 @@ def parse_address(text: str) -> Address:
     Raises:
         ValueError: it is none: the message says what is wrong with it.
     """
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
+    has_more = "?" in text or "#" in text
     if parts.scheme == "unix":
-        if parts.netloc or not parts.path:
+        if parts.netloc or not parts.path or has_more:
             raise ValueError(f"{text!r}: a Unix address is unix:///path")
         return Address("unix", path=parts.path)
     if parts.scheme != "tcp":
         raise ValueError(f"{text!r}: an address is tcp://host:port or unix:///path")
-    try:
-        port = parts.port
-    except ValueError as error:
-        raise ValueError(f"{text!r}: {error}") from None
-    if not parts.hostname or port is None or parts.path or parts.query or parts.username:
+    if not parts.hostname or port is None or parts.path or has_more or "@" in parts.netloc:
         raise ValueError(f"{text!r}: a TCP address is tcp://host:port")
     return Address("tcp", host=parts.hostname, port=port)
 
@@ -83,6 +84,7 @@ class Transport(Protocol):
     @property
     def peer(self) -> str:
         """The other end's address, as far as it is known."""
+        ...
 
     async def receive(self) -> bytes:
         """Return what has come; b"" when the other end has closed.
@@ -90,6 +92,7 @@ class Transport(Protocol):
         Raises:
             trio.BrokenResourceError: the connection is broken.
         """
+        ...
 
     async def send(self, buffers: Sequence[Buffer]) -> None:
         """Write all buffers in their order. After cancellation the transport is of no more use.
@@ -224,13 +227,14 @@ async def open_transport(address: Address) -> Transport:
     """
     try:
         if address.scheme == "unix":
-            return SocketTransport(await trio.open_unix_socket(address.path), str(address))
-        stream = await trio.open_tcp_stream(address.host, address.port)
+            stream = await trio.open_unix_socket(address.path)
+        else:
+            stream = await trio.open_tcp_stream(address.host, address.port)
     except (OSError, RuntimeError) as error:
         raise ConnectionLost(
             f"can't connect to {address}: {_reason(error)}", not_started=True
         ) from error
-    return SocketTransport(stream, _peer_name(stream.socket))
+    return SocketTransport(stream, str(address))
 
 
 async def open_listeners(address: Address) -> list[trio.SocketListener]:
@@ -278,6 +282,7 @@ def _remove_stale_socket(path: Path) -> None:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)  # a server that is slow to accept would hold us up
             try:
                 probe.connect(str(path))
             except ConnectionRefusedError:
@@ -286,18 +291,18 @@ def _remove_stale_socket(path: Path) -> None:
 
 def _peer_name(connected: trio.socket.SocketType) -> str:
     try:
-        name = connected.getpeername()
+        name: str | tuple[str, int] = connected.getpeername()[:2]
     except OSError:
         return "unknown"
-    if isinstance(name, tuple):
-        return str(Address("tcp", host=name[0], port=name[1]))
-    return "unix://"
+    if isinstance(name, str):
+        return "unix://"
+    return str(Address("tcp", host=name[0], port=name[1]))
 
 
 def _reason(error: BaseException) -> str:
     """Return the first cause that says something: Happy Eyeballs wraps what each attempt met."""
     cause = error.__cause__
     while isinstance(cause, BaseExceptionGroup):
-        cause = cause.exceptions[0]
+        cause = cast("BaseExceptionGroup[BaseException]", cause).exceptions[0]
     found = cause if isinstance(cause, OSError) else error
     return getattr(found, "strerror", None) or str(found)

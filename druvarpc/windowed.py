@@ -7,13 +7,21 @@ task of its own, in the client's nursery, since it must be able to wait while re
 
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+)
 from typing import Any, Final, TypeVar
 
 import trio
 
 from druvarpc.calls import Call, StubMethod, stub_method
 from druvarpc.service import Cardinality
+from druvarpc.session import closing
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -34,8 +42,9 @@ def windowed(
     """Call a stub's unary method for each of `arguments`, many at a time, and yield the results.
 
     The arguments are taken no further ahead than the window allows. The first call that fails
-    raises in its turn. Leaving the generator early (use `contextlib.aclosing`) or being cancelled
-    abandons the calls in flight.
+    raises in its turn, and so does what the iterable of arguments raises. Leaving the generator
+    early (use `contextlib.aclosing`) or being cancelled abandons the calls in flight; an async
+    generator of arguments is closed.
 
     Args:
         method: a unary method of a stub.
@@ -45,7 +54,7 @@ def windowed(
         ordered: yield in the order of the arguments; else as calls end.
 
     Raises:
-        TypeError: `method` is no unary method of a stub.
+        TypeError: `method` is no unary method of a stub, or `arguments` can't be iterated.
         ValueError: the window isn't positive.
         RpcError: the first call that failed.
     """
@@ -57,24 +66,27 @@ def windowed(
     flight = _Flight(stub, window, ordered=ordered)
     if isinstance(arguments, AsyncIterable):
         return _from_async(flight, arguments)
-    return _from_sync(flight, arguments)
+    return _from_sync(flight, iter(arguments))
 
 
-async def _from_sync(flight: "_Flight", arguments: Iterable[Any]) -> AsyncGenerator[Any, None]:
-    source = iter(arguments)
+async def _from_sync(flight: "_Flight", source: Iterator[Any]) -> AsyncGenerator[Any, None]:
     exhausted = False
     try:
         while True:
             while not exhausted and flight.has_room:
                 try:
-                    argument = next(source)
+                    flight.add(next(source))
                 except StopIteration:
                     exhausted = True
-                else:
-                    flight.add(argument)
+                except Exception as error:
+                    # The source failed, or what it gave can't be sent: raised in its turn.
+                    flight.error = error
+                    exhausted = True
             if not flight.calls:
-                return
+                break
             yield await flight.take()
+        if flight.error is not None:
+            raise flight.error
     finally:
         flight.abandon()
 
@@ -82,6 +94,7 @@ async def _from_sync(flight: "_Flight", arguments: Iterable[Any]) -> AsyncGenera
 async def _from_async(
     flight: "_Flight", arguments: AsyncIterable[Any]
 ) -> AsyncGenerator[Any, None]:
+    flight.stub.calls.check_open()
     feeding, fed = trio.CancelScope(), trio.Event()
     flight.stub.calls.nursery.start_soon(_feed, flight, arguments, feeding, fed)
     try:
@@ -109,10 +122,11 @@ async def _feed(
     """Take arguments while there is room for their calls."""
     try:
         with feeding:
-            async for argument in arguments:
-                while not flight.has_room:
-                    await flight.changed()
-                flight.add(argument)
+            async with closing(arguments):
+                async for argument in arguments:
+                    while not flight.has_room:
+                        await flight.changed()
+                    flight.add(argument)
     except Exception as error:
         # The source failed, in a task that its owner can't see: it is raised where the results are.
         flight.error = error
@@ -158,9 +172,9 @@ class _Flight:
         )
         if not self._ordered:
             call.on_done = lambda: self._note(call)
+        stub.calls.submit(call)
         self.calls[call] = len(payload)
         self._bytes += len(payload)
-        stub.calls.submit(call)
         self.wake()
 
     async def take(self) -> Any:

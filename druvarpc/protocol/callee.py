@@ -66,7 +66,13 @@ class Callee:
                 self._refuse(call, Status.DEADLINE_EXCEEDED, "the deadline passed", now)
 
     def reply(
-        self, stream: Stream, payload: bytes | None, outcome: Outcome | None, now: float
+        self,
+        stream: Stream,
+        payload: bytes | None,
+        outcome: Outcome | None,
+        now: float,
+        *,
+        after_data: bool = False,
     ) -> None:
         """End a call."""
         if stream.final is not None or stream.state not in (State.OPEN, State.CALLED, State.RESET):
@@ -79,7 +85,8 @@ class Callee:
         self._held.pop(stream, None)
         outflow, message = self._wire.outflow, None
         if failed:
-            outflow.close(stream)
+            if not after_data:
+                outflow.close(stream)
         elif payload is not None and len(payload) > self._wire.peer.max_inline:
             message = payload
         stream.final = reply_item(stream.id, None if message is not None else payload, outcome)
@@ -218,6 +225,8 @@ class Callee:
                 return False
             call.payload = resolved
         self._held.pop(call, None)
+        if call.incoming is not None:
+            call.incoming.unread = False
         return True
 
     # Frames from the client.
@@ -266,11 +275,15 @@ class Callee:
             wire.inflow.discard(cost, now)
             wire.patience.charge(now)
             return
+        if stream.incoming is None:
+            # Of a call that has its arguments nobody waits for more yet.
+            wire.inflow.open(stream).wanted = stream.payload is None
+        wire.inflow.open(stream).unread = stream in self._held
         ends = frame.flags & frames.END_STREAM
         what = Input.END_UP if ends else Input.DATA_UP
         readable = wire.receive_data(stream, frame, what, now)
         if stream.payload is not None or stream not in self._held:
-            if readable and stream not in self._held:  # of which the owner doesn't know yet
+            if readable:
                 wire.events.append(Readable(stream))
             return
         if wire.inflow.open(stream).too_long:
@@ -290,8 +303,9 @@ class Callee:
         """Stop a call that its caller has abandoned."""
         wire = self._wire
         code, message = frames.decode_reason(frame.body, "RESET")
-        wire.patience.charge(now)
         stream = wire.streams.get(frame.id)
+        if stream is None or stream.state is not State.REPLIED:  # then it's what the client must do
+            wire.patience.charge(now)
         if stream is None:
             if frame.id > wire.last_id:
                 raise RemoteProtocolError(f"RESET of call {frame.id}, which was never opened")

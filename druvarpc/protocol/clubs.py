@@ -6,9 +6,9 @@ method, flags and payload, takes the short way through both functions.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from druvarpc.errors import RemoteProtocolError, RpcError, Status
 from druvarpc.protocol.frames import (
@@ -330,11 +330,9 @@ def resolve(payload: bytes, values: Sequence[tuple[Reference, bytes]], most: int
         RpcError: the arguments have no such place, or a result has no such part.
     """
     try:
-        arguments = unpack(payload, _pairs)
-    except ValueError:
-        raise RpcError(Status.INVALID_ARGUMENT, "the arguments are not MessagePack") from None
-    if type(arguments) is not list:
-        raise RpcError(Status.INVALID_ARGUMENT, "the arguments are not an array")
+        arguments = check_array(unpack(payload, _pairs), "the arguments")
+    except (ValueError, RemoteProtocolError) as error:
+        raise RpcError(Status.INVALID_ARGUMENT, f"no arguments: {error}") from None
     size = len(payload)
     for reference, result in values:
         position = reference.position
@@ -357,6 +355,7 @@ def resolve(payload: bytes, values: Sequence[tuple[Reference, bytes]], most: int
 
 
 def _part(result: bytes, reference: Reference) -> object:
+    value: object
     try:
         value = unpack(result)
     except ValueError:
@@ -366,18 +365,25 @@ def _part(result: bytes, reference: Reference) -> object:
             not_started=True,
         ) from None
     for step in reference.path:
-        if type(step) is str:
-            found = type(value) is dict and step in value
-        else:
-            found = type(value) is list and type(step) is int and step < len(value)
-        if not found:
+        parts = _parts(value, step)
+        if step not in parts:
             raise RpcError(
                 Status.FAILED_PRECONDITION,
                 f"argument {reference.position}: the result referred to has no part {step!r:.80}",
                 not_started=True,
             )
-        value = value[step]
+        value = parts[step]
     return value
+
+
+def _parts(value: object, step: str | int) -> Mapping[object, object]:
+    """Return the parts of a value that a step of a path can lead to."""
+    kind = type(value)
+    if type(step) is str and kind is dict:
+        return cast("dict[object, object]", value)
+    if type(step) is int and kind is list:
+        return dict(enumerate(cast("list[object]", value)[step : step + 1], step))
+    return {}
 
 
 def _pairs(pairs: list[tuple[object, object]]) -> dict[object, object]:

@@ -76,6 +76,7 @@ class Connection:
         self._liveness = Liveness(limits, now)
         self._closing = False
         self._draining = False  # GOAWAY is still to be sent
+        self._farewell: list[Buffer] = []  # what is sent when closing
         self._error: RemoteProtocolError | None = None
         self._pongs = 0
         self._caller = Caller(wire, clubbing or Clubbing())
@@ -182,14 +183,14 @@ class Connection:
         completed = False
         try:
             for frame in self._frames.feed(data):
-                if self._closing:  # the frame before said that the peer has closed
-                    return
                 completed = True
                 handler = self._handlers.get(frame.kind)
                 if handler is None:  # of the types that are ignored; others didn't get so far
                     self._wire.patience.charge(now)
                 else:
                     handler(frame, now)
+                if self._closing:  # the peer said that it closes; nothing after that counts
+                    return
         except RemoteProtocolError as error:
             self._error = error
             self.close(error.code, str(error))
@@ -211,14 +212,15 @@ class Connection:
     def data_to_send(self, now: float, most: int = WRITE_SIZE) -> list[Buffer]:
         """Return buffers, about `most` bytes in all, to be written next and in their order."""
         wire = self._wire
+        if self._closing:
+            self.closed = True
+            out, self._farewell = self._farewell, []
+            return out
         if self._goaway_due:
             self._draining = False
             wire.goaway(CloseCode.NO_ERROR, "draining", self._last_accepted())
         out, wire.control = wire.control, []
         self._pongs = 0
-        if self._closing:
-            self.closed = True
-            return out
         credits = wire.inflow.credits()
         for start in range(0, len(credits), frames.MAX_CREDITS):
             out.append(frames.encode_credits(credits[start : start + frames.MAX_CREDITS]))
@@ -259,9 +261,11 @@ class Connection:
 
     # The connection as a whole.
 
-    def ping(self, now: float) -> None:
-        """Ask for a sign of life; `PongReceived` tells of the answer."""
-        self._wire.control.append(frames.frame(frames.PING, id=self._liveness.ping(now)))
+    def ping(self, now: float) -> int:
+        """Ask for a sign of life; `PongReceived` tells of the answer to the id returned."""
+        id = self._liveness.ping(now)
+        self._wire.control.append(frames.frame(frames.PING, id=id))
+        return id
 
     def drain(self) -> None:
         """Begin the end: no call after those that this end knows is made or accepted.
@@ -282,6 +286,7 @@ class Connection:
         if not self._closing:
             self._closing = True
             self._wire.goaway(code, message, self._last_accepted())
+            self._farewell, self._wire.control = self._wire.control, []
 
     def _last_accepted(self) -> int:
         return 0 if self.role is Role.CLIENT else self._wire.last_id
@@ -343,17 +348,20 @@ class Connection:
         now: float,
         payload: bytes | None = None,
         outcome: Outcome | None = None,
+        *,
+        after_data: bool = False,
     ) -> None:
         """End a call: with a payload, or with an outcome that says more than OK.
 
-        What waits to be sent in the stream goes first, unless the call failed: then it is dropped.
-        A call that was reset is answered CANCELLED, whatever is given here.
+        What waits to be sent in the stream goes first. If the call failed it is dropped instead,
+        except with `after_data`. A call that was reset is answered CANCELLED, whatever is given
+        here.
 
         Raises:
             LocalProtocolError: it has been replied to, or the outcome can't be sent.
         """
         self._check_role(Role.SERVER)
-        self._callee.reply(stream, payload, outcome, now)
+        self._callee.reply(stream, payload, outcome, now, after_data=after_data)
 
     def send_metadata(self, stream: Stream, metadata: Metadata) -> None:
         """Send metadata ahead of the reply and of all data.
@@ -447,7 +455,7 @@ class Connection:
     def _on_pong(self, frame: Frame, now: float) -> None:
         sample = self._liveness.pong(frame.id, now)
         self._wire.inflow.rtt = self._liveness.rtt
-        self._wire.events.append(PongReceived(sample))
+        self._wire.events.append(PongReceived(frame.id, sample))
 
     def _on_credit(self, frame: Frame, now: float) -> None:
         self._wire.receive_credit(frame, now)

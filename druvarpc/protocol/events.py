@@ -80,8 +80,9 @@ class AuthReceived:
 
 @dataclass(slots=True)
 class PongReceived:
-    """A PING was answered after `rtt` seconds."""
+    """The PING that `Connection.ping` gave this id was answered after `rtt` seconds."""
 
+    id: int
     rtt: float
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from struct import Struct
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import msgpack
 import msgspec
@@ -206,11 +206,13 @@ def show(value: object) -> str:
 
 def check_array(value: object, name: str, least: int = 0) -> list[Any]:
     """Return `value` if it is an array of at least `least` elements."""
-    if type(value) is not list:
-        raise RemoteProtocolError(f"{name}: {type(value).__name__} instead of an array")
-    if len(value) < least:
-        raise RemoteProtocolError(f"{name}: {len(value)} elements instead of {least}")
-    return value
+    kind = type(value)
+    if kind is not list:
+        raise RemoteProtocolError(f"{name}: {kind.__name__} instead of an array")
+    array = cast("list[Any]", value)
+    if len(array) < least:
+        raise RemoteProtocolError(f"{name}: {len(array)} elements instead of {least}")
+    return array
 
 
 def check_uint(value: object, name: str, greatest: int = 2**64 - 1) -> int:

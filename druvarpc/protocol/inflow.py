@@ -9,9 +9,11 @@ one must always be able to become complete. Others wait in `_starving` and go on
 when some is given back.
 """
 
+from collections.abc import Set
+
 from druvarpc.protocol.frames import END_MESSAGE, Buffer
 from druvarpc.protocol.limits import Limits
-from druvarpc.protocol.streams import Incoming, Stream
+from druvarpc.protocol.streams import Incoming, State, Stream
 from druvarpc.protocol.windows import Budget, ReceiveWindow
 
 # A part of a message shorter than this is copied: a view would pin all the input it came with.
@@ -21,14 +23,19 @@ _VIEW = 16 * 1024
 class Inflow:
     """What a connection receives as DATA.
 
+    Args:
+        limits: what this end accepts.
+        receiving: the states of a stream in which data can come.
+
     Attributes:
         rtt: seconds, as last measured; None until then. Windows don't grow without it.
         window: the connection's window.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, receiving: Set[State]) -> None:
         self.rtt: float | None = None
         self._limits = limits
+        self._receiving = receiving
         self._budget = Budget(limits.memory)
         self.window = ReceiveWindow(limits.connection_window, limits.memory, self._budget)
         self._favoured: Stream | None = None
@@ -44,6 +51,7 @@ class Inflow:
                 self._budget,
             )
             stream.incoming = Incoming(window)
+            stream.incoming.ended = stream.state not in self._receiving
         return stream.incoming
 
     def discard(self, cost: int, now: float) -> None:
@@ -67,9 +75,12 @@ class Inflow:
         if incoming.size > self._limits.max_message:
             incoming.too_long = True
             self.end(stream, now)
-            return True
+            wanted, incoming.wanted = incoming.wanted, False
+            return wanted
+        if incoming.unread:
+            self._relieve(incoming, now)
         if body:
-            incoming.parts.append(body if len(body) >= _VIEW else bytes(body))
+            _add(incoming.parts, body)
         if flags & END_MESSAGE:
             wanted = incoming.wanted
             incoming.finish()
@@ -97,7 +108,8 @@ class Inflow:
         incoming = self.open(stream)
         incoming.ended = True
         incoming.window.close()
-        self._due.pop(stream.id, None)
+        if stream.id:  # a call that wasn't sent has none, and 0 is the connection
+            self._due.pop(stream.id, None)
         self._starving.pop(stream, None)
         self._return(stream, incoming.drop_unfinished(), now)
 
@@ -119,8 +131,7 @@ class Inflow:
         return credits
 
     def _advance(self, stream: Stream, incoming: Incoming, now: float) -> None:
-        self.discard(incoming.cost - incoming.returned, now)
-        incoming.returned = incoming.cost
+        self._relieve(incoming, now)
         size = incoming.cost - incoming.advanced
         if not size:
             return
@@ -133,6 +144,10 @@ class Inflow:
         self._starving.pop(stream, None)
         incoming.advanced = incoming.cost
         self._consume(stream, incoming, size, now)
+
+    def _relieve(self, incoming: Incoming, now: float) -> None:
+        self.discard(incoming.cost - incoming.returned, now)
+        incoming.returned = incoming.cost
 
     def _consume(self, stream: Stream, incoming: Incoming, size: int, now: float) -> None:
         if not incoming.ended:
@@ -159,3 +174,14 @@ class Inflow:
             self._advance(other, self.open(other), now)
             if other in self._starving:
                 break
+
+
+def _add(parts: list[Buffer], body: Buffer) -> None:
+    """Add to a message; an object for each of its pieces could be 20 times its bytes."""
+    if len(body) >= _VIEW:
+        parts.append(body)
+    elif parts and isinstance(parts[-1], bytearray):
+        parts[-1] += body
+    else:
+        # Most messages have but one piece, and bytes are what they become.
+        parts.append(bytearray(body) if parts else bytes(body))

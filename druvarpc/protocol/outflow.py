@@ -39,6 +39,7 @@ class ClubSource(Protocol):
 
     def send_club(self, lane: Priority, out: list[Buffer], now: float) -> tuple[int, bool]:
         """Add one club of a lane's queue to `out`; return its bytes, and whether more could go."""
+        ...
 
     def sent(self, stream: Stream, *, ended: bool) -> None:
         """Note that the last message queued in a stream has gone, and whether END went with it."""
@@ -54,12 +55,14 @@ class Outflow:
     Attributes:
         clubs: where clubs come from; set once, before anything is sent.
         window: the connection's credit.
+        frames_sent: DATA frames sent.
     """
 
     clubs: ClubSource
 
     def __init__(self, window: int, events: deque[Event]) -> None:
         self.window = SendWindow(window)
+        self.frames_sent = 0
         self._stream_window = window
         self._events = events
         self._lanes: Lanes[Stream | Priority] = Lanes()
@@ -182,6 +185,7 @@ class Outflow:
         cost = len(body) + FRAME_COST
         self.window.spend(cost)
         outgoing.window.spend(cost)
+        self.frames_sent += 1
         done = not outgoing.messages
         ends = done and outgoing.ending
         flags = (END_MESSAGE if last else 0) | (END_STREAM if ends else 0)

@@ -8,7 +8,7 @@ from collections import deque
 from enum import Enum, auto
 from typing import Final, NamedTuple
 
-from druvarpc.protocol.frames import Buffer, Metadata
+from druvarpc.protocol.frames import FRAME_COST, Buffer, Metadata
 from druvarpc.protocol.lanes import Priority
 from druvarpc.protocol.windows import ReceiveWindow, SendWindow
 
@@ -66,7 +66,7 @@ class Outgoing:
 
     Attributes:
         window: credit of the stream.
-        queued: bytes that wait.
+        queued: what the messages that wait take, in bytes; none is so small that it takes nothing.
         ending: nothing more will be queued; END goes out with or behind the last message.
         blocked: when credit ran out, or None.
         waiting: in the lanes, or kept out of them by lack of credit.
@@ -105,7 +105,7 @@ class Outgoing:
     def push(self, message: Buffer) -> None:
         """Queue one message."""
         self.messages.append(message)
-        self.queued += len(message)
+        self.queued += len(message) + FRAME_COST
         self.started = True
 
     def push_first(self, message: Buffer) -> None:
@@ -120,7 +120,7 @@ class Outgoing:
         if size <= most:
             self.messages.popleft()
             self.offset = 0
-            self.queued -= size
+            self.queued -= size + FRAME_COST
             return (memoryview(message)[start:] if start else message), True
         self.offset += most
         self.queued -= most
@@ -147,6 +147,8 @@ class Incoming:
         too_long: the message that is arriving passed the limit; the rest of the stream is dropped.
         ended: no message comes after those that are queued.
         started: DATA or METADATA have come.
+        unread: the call waits for others, so that nothing of this may keep the connection's window
+            from them.
     """
 
     __slots__ = (
@@ -159,6 +161,7 @@ class Incoming:
         "size",
         "started",
         "too_long",
+        "unread",
         "wanted",
         "window",
     )
@@ -175,6 +178,7 @@ class Incoming:
         self.too_long = False
         self.ended = False
         self.started = False
+        self.unread = False
 
     @property
     def unfinished(self) -> bool:

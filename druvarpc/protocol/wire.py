@@ -39,8 +39,11 @@ class Wire:
     """
 
     def __init__(self, role: Role, limits: Limits, now: float) -> None:
-        # Where this side still has a use for credit.
-        self._sending = (State.OPEN,) if role is Role.CLIENT else (State.OPEN, State.CALLED)
+        # Where this side may still send, and so has a use for credit, and where it may receive.
+        if role is Role.CLIENT:
+            self._sending, receiving = {State.OPEN}, {State.IDLE, State.OPEN, State.CALLED}
+        else:
+            self._sending, receiving = {State.OPEN, State.CALLED}, {State.OPEN}
         self.limits = limits
         self.accepted = limits.settings()
         self.peer = Settings()
@@ -52,8 +55,9 @@ class Wire:
         self.got_goaway: int | None = None
         self.clubs_sent = 0
         self.calls_clubbed = 0
+        self._crossed = 0
         self.patience = Patience(now)
-        self.inflow = Inflow(limits)
+        self.inflow = Inflow(limits, receiving)
         self.outflow = Outflow(self.peer.connection_window, self.events)
 
     def move(self, stream: Stream, what: Input) -> None:
@@ -121,7 +125,10 @@ class Wire:
             if stream is not None and stream.state in self._sending:
                 self.outflow.grant(stream, size)
             elif size >= 1024:
-                self.patience.charge(now)
+                # It may have crossed our last DATA: of such there are no more than DATA frames.
+                self._crossed += 1
+                if self._crossed > self.outflow.frames_sent:
+                    self.patience.charge(now)
 
     def check_open(self) -> None:
         """Refuse to go on when a GOAWAY of this side or the other's says so."""

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import partial
 
 import trio
 
@@ -162,7 +161,7 @@ class _Run:
                 sending.acknowledged.set()
 
         async with batches, offers:
-            reader = Reader(root, partial(trio.from_thread.run, deliver))
+            reader = Reader(root, lambda batch: trio.from_thread.run(deliver, batch))
             await trio.to_thread.run_sync(reader.run)
 
     async def _ask(

@@ -1,10 +1,10 @@
 """A restore, as a pipeline from a snapshot to a directory.
 
-    entries ─ plan ─┬─ fetch ─────────┐
-                    └─ loads ─────────┴─ decode and check (threads) ─ write (a thread)
+    entries ─ plan loads ─┬─ fetch ─┐
+                          └─────────┴─ decode and check (threads) ─ write (a thread)
 
-A *load* is a piece of the tree whose chunks are fetched by one call; many calls are on their way.
-Loads are written in order, each file from its beginning to its end, so one file is open at a time.
+The loads (see `loads`) are fetched by one call each, many of them on their way, and written in
+order.
 
 The server is not trusted: entries must come in the order of a tree (so no path twice), sizes are
 checked before anything is asked for, a chunk's content against its id and its size, and `target`
@@ -12,36 +12,23 @@ keeps everything inside the destination.
 """
 
 import os
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, aclosing
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
 import trio
 
 import druvarpc
 
-from .chunks import LIMIT, Chunk, Codec
-from .errors import BackupError, ChunkError, InvalidEntry
+from .chunks import Chunk, Codec
+from .errors import ChunkError
+from .loads import Load, Planner, Writer
 from .service import BackupStore
 from .stages import in_order
-from .target import Output, Target
-from .tree import Entry, Kind, check_last, check_next
-
-# Content that is fetched by one call: see `service.MAX_FETCH`.
-FETCH_SIZE = 512 * 1024
-
-# Entries of one load: only directories, links and empty files come so many to a fetch.
-LOAD_ENTRIES = 1000
 
 # Loads in memory: 64 MiB of content, which fill 1 Gbit/s over 80 ms at any usual compression.
 LOADS = 128
-
-# Content that is kept, in bytes, to be written again where it occurs again nearby: in a tree of
-# Python's, of 57 MB that occur again, 54 do so within this distance.
-KEPT = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,183 +50,13 @@ class Restored:
     wire_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Some of the chunks of an entry, or an entry without any.
-
-    Attributes:
-        entry: The entry.
-        start: The index of the first chunk.
-        stop: The index after the last.
-        offset: Where in the file the first chunk begins, in bytes.
-    """
-
-    entry: Entry
-    start: int
-    stop: int
-    offset: int
-
-
 @dataclass
-class Load:
-    """A piece of the tree, and what has to be fetched for it.
+class _Fetching:
+    """A load, the chunks that came for it, and whether they did."""
 
-    Attributes:
-        slices: What is to be written, in order.
-        wanted: The ids and sizes of the chunks to be fetched. Others were in earlier loads.
-        forgotten: Chunks that are not used after this load.
-        size: The content to be fetched, in bytes.
-        chunks: What was fetched.
-        fetched: Set once it was.
-        contents: The content of what was fetched, by ids.
-    """
-
-    slices: list[Slice] = field(default_factory=list)
-    wanted: dict[bytes, int] = field(default_factory=dict)
-    forgotten: list[bytes] = field(default_factory=list)
-    size: int = 0
+    load: Load
     chunks: list[Chunk] = field(default_factory=list)
-    fetched: trio.Event = field(default_factory=trio.Event)
-    contents: dict[bytes, bytes] = field(default_factory=dict)
-
-
-class Planner:
-    """Cuts a stream of entries into loads, and remembers which chunks the writer will have."""
-
-    def __init__(self) -> None:
-        self._last: Entry | None = None
-        self._load = Load()
-        self._kept: OrderedDict[bytes, int] = OrderedDict()
-        self._kept_size = 0
-
-    def add(self, entry: Entry) -> Iterator[Load]:
-        """Takes the next entry; yields the loads that it completes.
-
-        Raises:
-            InvalidEntry: The server sends what is no tree.
-        """
-        check_next(self._last, entry)
-        self._last = entry
-        if max(entry.sizes, default=0) > LIMIT:
-            raise InvalidEntry(entry.path, f"a chunk of more than {LIMIT} bytes")
-        start, begin = 0, entry.offset
-        end = begin
-        for index, (id, size) in enumerate(zip(entry.chunks, entry.sizes, strict=True)):
-            if self._load.size + size > FETCH_SIZE and self._load.size:
-                if index > start:
-                    self._load.slices.append(Slice(entry, start, index, begin))
-                yield self._next_load()
-                start, begin = index, end
-            self._want(entry, id, size)
-            end += size
-        self._load.slices.append(Slice(entry, start, len(entry.chunks), begin))
-        if len(self._load.slices) >= LOAD_ENTRIES:
-            yield self._next_load()
-
-    def finish(self) -> Load:
-        """Returns the last load, which may be empty.
-
-        Raises:
-            InvalidEntry: The last file is incomplete.
-        """
-        check_last(self._last)
-        return self._next_load()
-
-    def _want(self, entry: Entry, id: bytes, size: int) -> None:
-        if id not in self._kept:
-            self._kept[id] = size
-            self._kept_size += size
-            self._load.wanted[id] = size
-            self._load.size += size
-        elif self._kept[id] != size:
-            raise InvalidEntry(entry.path, "a chunk has another size than before")
-
-    def _next_load(self) -> Load:
-        load, self._load = self._load, Load()
-        while self._kept_size > KEPT:
-            id, size = self._kept.popitem(last=False)
-            self._kept_size -= size
-            load.forgotten.append(id)
-        return load
-
-
-class Writer:
-    """Writes loads, in order, into a directory that is made when the first one comes.
-
-    Args:
-        path: The directory's path.
-
-    Raises:
-        BackupError: It exists, and is not empty.
-        OSError: It cannot be made or looked into.
-    """
-
-    def __init__(self, path: bytes) -> None:
-        if os.path.lexists(path) and os.listdir(path):
-            raise BackupError(f"{os.fsdecode(path)}: is not empty")
-        self._path = path
-        self._resources = ExitStack()
-        self._target: Target | None = None
-        self._output: Output | None = None
-        self._contents: dict[bytes, bytes] = {}
-        self.files = 0
-        self.bytes = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._resources.close()
-        if self._output is not None:
-            self._output.close()
-
-    def write(self, load: Load) -> None:
-        """Writes a load.
-
-        Raises:
-            RestoreError: An entry cannot be restored.
-            OSError: The directory cannot be made.
-        """
-        target = self._target
-        if target is None:
-            target = self._target = self._resources.enter_context(Target(self._path))
-        self._contents.update(load.contents)
-        for part in load.slices:
-            if part.entry.kind is Kind.FILE:
-                self._write_file(target, part)
-            else:
-                target.add(part.entry)
-        for id in load.forgotten:
-            del self._contents[id]
-
-    def finish(self) -> None:
-        """Makes links, and sets the modes and times of directories.
-
-        Raises:
-            RestoreError: One of them failed.
-        """
-        if self._target is not None:
-            self._target.finish()
-
-    def _write_file(self, target: Target, part: Slice) -> None:
-        entry = part.entry
-        if self._output is None:
-            self._output = target.open(entry)
-        offset = part.offset
-        for id in entry.chunks[part.start : part.stop]:
-            content = self._contents[id]
-            self._output.write(offset, content)
-            offset += len(content)
-        if offset == entry.size:
-            self._output.finish(entry)
-            self._output = None
-            self.files += 1
-            self.bytes += entry.size
+    done: trio.Event = field(default_factory=trio.Event)
 
 
 async def restore(client: druvarpc.Client, snapshot: str, destination: bytes) -> Restored:
@@ -280,34 +97,35 @@ class _Run:
 
     async def run(self, snapshot: str) -> None:
         # What is in the channels is bounded by the free loads, so they never need to be full.
-        loads, to_decode = trio.open_memory_channel[Load](LOADS)
-        wanted, to_fetch = trio.open_memory_channel[Load](LOADS)
-        decoded, to_write = trio.open_memory_channel[Load](0)
+        loads, to_decode = trio.open_memory_channel[_Fetching](LOADS)
+        wanted, to_fetch = trio.open_memory_channel[_Fetching](LOADS)
+        decoded, to_write = trio.open_memory_channel[_Fetching](0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._plan, snapshot, loads, wanted)
             nursery.start_soon(self._fetch, to_fetch)
             workers = os.cpu_count() or 1
             nursery.start_soon(in_order, self._decode, _fetched(to_decode), decoded, workers)
-            async for load in to_write:
-                await trio.to_thread.run_sync(self._writer.write, load)
+            async for fetching in to_write:
+                await trio.to_thread.run_sync(self._writer.write, fetching.load)
                 self._free.release()
         await trio.to_thread.run_sync(self._writer.finish)
 
     async def _plan(
         self,
         snapshot: str,
-        loads: trio.MemorySendChannel[Load],
-        wanted: trio.MemorySendChannel[Load],
+        loads: trio.MemorySendChannel[_Fetching],
+        wanted: trio.MemorySendChannel[_Fetching],
     ) -> None:
         planner = Planner()
 
         async def send(load: Load) -> None:
             await self._free.acquire()
-            await loads.send(load)
+            fetching = _Fetching(load)
+            await loads.send(fetching)
             if load.wanted:
-                await wanted.send(load)
+                await wanted.send(fetching)
             else:
-                load.fetched.set()
+                fetching.done.set()
 
         async with loads, wanted:
             async with aclosing(self._store.entries(snapshot)) as pages:
@@ -317,29 +135,31 @@ class _Run:
                             await send(load)
             await send(planner.finish())
 
-    async def _fetch(self, source: trio.MemoryReceiveChannel[Load]) -> None:
-        asked: deque[Load] = deque()
+    async def _fetch(self, source: trio.MemoryReceiveChannel[_Fetching]) -> None:
+        asked: deque[_Fetching] = deque()
 
         async def questions() -> AsyncIterator[list[bytes]]:
-            async for load in source:
-                asked.append(load)
-                yield list(load.wanted)
+            async for fetching in source:
+                asked.append(fetching)
+                yield list(fetching.load.wanted)
 
         async with aclosing(druvarpc.windowed(self._store.fetch, questions())) as answers:
             async for chunks in answers:
-                load = asked.popleft()
-                if [(chunk.id, chunk.size) for chunk in chunks] != list(load.wanted.items()):
+                fetching = asked.popleft()
+                wanted = list(fetching.load.wanted.items())
+                if [(chunk.id, chunk.size) for chunk in chunks] != wanted:
                     raise ChunkError("the server sent other chunks than it was asked for")
-                load.chunks = chunks
-                load.fetched.set()
+                fetching.chunks = chunks
+                fetching.done.set()
 
-    def _decode(self, load: Load) -> Load:
-        load.contents = {chunk.id: self._codec.decode(chunk) for chunk in load.chunks}
-        load.chunks.clear()
-        return load
+    def _decode(self, fetching: _Fetching) -> _Fetching:
+        for chunk in fetching.chunks:
+            fetching.load.contents[chunk.id] = self._codec.decode(chunk)
+        fetching.chunks.clear()
+        return fetching
 
 
-async def _fetched(source: trio.MemoryReceiveChannel[Load]) -> AsyncIterator[Load]:
-    async for load in source:
-        await load.fetched.wait()
-        yield load
+async def _fetched(source: trio.MemoryReceiveChannel[_Fetching]) -> AsyncIterator[_Fetching]:
+    async for fetching in source:
+        await fetching.done.wait()
+        yield fetching

@@ -47,8 +47,8 @@ READ_THREADS = 8
 # Entries that are read at once for a restore: a bound for messages, see MAX_ENTRIES.
 PAGE_ENTRIES = 256
 
-# Seconds that calls have to end once the server was told to stop. A backup that takes longer is
-# broken off; the chunks it sent stay, so that the next one need not send them again.
+# Seconds that running calls have to end once the server was told to stop. New ones are refused, so
+# backups break off; the chunks they sent stay, and the next one need not send them again.
 DRAIN_TIMEOUT = 10.0
 
 STATUSES: dict[type[BackupError], Status] = {
@@ -126,25 +126,25 @@ async def serve_store(
     """Opens a store and serves it, until SIGTERM or SIGINT; then drains, and returns.
 
     Raises:
-        BackupError: The store cannot be opened.
+        BackupError: The store cannot be opened, or the address is none.
         OSError: Its directory, or the address, cannot be used.
-        ValueError: The address is none.
     """
     with (
         await trio.to_thread.run_sync(Store, path) as store,
         trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
     ):
         async with trio.open_nursery() as nursery:
-            server = await nursery.start(druvarpc.serve, [StoreService(store)], address)
+            try:
+                server = await nursery.start(druvarpc.serve, [StoreService(store)], address)
+            except ValueError as error:
+                raise BackupError(str(error)) from error
             task_status.started(server)
             await anext(aiter(signals))
             await server.drain(timeout=DRAIN_TIMEOUT)
             nursery.cancel_scope.cancel()
 
 
-async def _in_thread(
-    function: Callable[[*Ts], T], *args: *Ts, limiter: trio.CapacityLimiter
-) -> T:
+async def _in_thread(function: Callable[[*Ts], T], *args: *Ts, limiter: trio.CapacityLimiter) -> T:
     """Runs a function in a thread. It is never abandoned: what it began, it ends."""
     with _translated():
         return await trio.to_thread.run_sync(function, *args, limiter=limiter)

@@ -10,22 +10,25 @@ from druvarpc.protocol import CallsReceived, Connection, Event, RepliesReceived,
 class Pair:
     """A client and a server whose bytes go over when `run` is called.
 
-    `piece` is how many bytes go in one receive_data; None for all that there is.
+    `piece` is how many bytes go in one receive_data, None for all that there is; `settled` whether
+    the settings have been exchanged when the test begins.
     """
 
     client_options: dict[str, Any] = field(default_factory=dict)
     server_options: dict[str, Any] = field(default_factory=dict)
     piece: int | None = None
     now: float = 0.0
+    settled: bool = True
 
     def __post_init__(self) -> None:
         self.client = Connection("client", now=self.now, **self.client_options)
         self.server = Connection("server", now=self.now, **self.server_options)
         self.client_events: list[Event] = []
         self.server_events: list[Event] = []
-        self.run()
-        self.client_events.clear()
-        self.server_events.clear()
+        if self.settled:
+            self.run()
+            self.client_events.clear()
+            self.server_events.clear()
 
     def run(self) -> None:
         """Carry bytes both ways until neither end has anything to say."""

@@ -6,7 +6,7 @@ costs in memory is measured with tracemalloc: what the core holds while the peer
 
 import itertools
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from struct import Struct
 from typing import Any
@@ -19,6 +19,7 @@ from druvarpc.protocol import (
     CallsReceived,
     Connection,
     Event,
+    GoAwayReceived,
     Limits,
     Outcome,
     Readable,
@@ -214,7 +215,9 @@ def test_frames_that_complete_slowly_but_in_time_are_borne() -> None:
     stream = packed(AUTH, ["x" * 86]) * 20
     for now, start in enumerate(range(0, len(stream), 50)):
         connection.receive_data(stream[start : start + 50], now * 10)
-        assert connection.next_deadline() > now * 10
+        deadline = connection.next_deadline()
+        assert deadline is not None
+        assert deadline > now * 10
     assert len(events(connection)) == 20
 
 
@@ -368,6 +371,17 @@ def test_cancelling_at_a_rate_that_services_know_is_borne() -> None:
     assert not connection.closed
 
 
+def test_ending_what_was_replied_to_early_is_borne_at_any_rate() -> None:
+    connection = connect()
+    for id in range(1, 30_001):
+        connection.receive_data(call(id, MORE), 0)
+        connection.reply(arrived(connection)[0], 0, b"\xc0")
+        sent(connection)
+        connection.receive_data(packed(RESET, [1], id=id), 0)
+    assert events(connection) == []
+    assert connection.open_calls == 0
+
+
 def test_a_call_that_was_cancelled_holds_its_place_until_the_handler_has_ended() -> None:
     connection = connect(max_calls=64)
     for id in range(1, 65):
@@ -514,21 +528,18 @@ def test_one_byte_frames_cost_what_they_take() -> None:
     assert refusal(connection, piece) is CloseCode.FLOW_CONTROL_ERROR
 
 
-def test_one_byte_pieces_of_a_message_hold_no_more_than_the_window() -> None:
-    limits = {"stream_window": WINDOW, "connection_window": WINDOW, "memory": WINDOW}
-    connection = connect(**limits)
-    connection.receive_data(call(1, MORE), 0)
-    piece = frame(DATA, b"x", id=1)
-    code = None
-    with memory_stays_below(8 * WINDOW):
-        for _ in range(10_000):
+def test_a_message_in_tiny_pieces_takes_the_memory_of_its_bytes() -> None:
+    most = 50_000
+    connection = connect(max_message=most)
+    connection.receive_data(call(1, MORE, None), 0)
+    piece = frame(DATA, b"xy", id=1)
+    with memory_stays_below(3 * most):
+        for _ in range(most // 2):
             connection.receive_data(piece, 0)
-            try:
-                events(connection)
-            except RemoteProtocolError as error:
-                code = error.code
-                break
-    assert code is CloseCode.FLOW_CONTROL_ERROR
+            b"".join(connection.data_to_send(0))  # credit
+    assert events(connection) == []
+    connection.receive_data(piece, 0)
+    assert replies(connection) == {1: (Status.RESOURCE_EXHAUSTED, True)}
 
 
 # 7. A peer that gives no credit.
@@ -787,7 +798,7 @@ def test_names_are_numbered_up_to_4096() -> None:
 # 12. Clubs.
 
 
-def club(*calls: list[object]) -> bytes:
+def club(*calls: Sequence[object]) -> bytes:
     return packed(CALLS, [["Vault.put", 0, b"\x90"], *([0, *one] for one in calls)], id=1)
 
 
@@ -891,6 +902,7 @@ def test_one_call_may_refer_to_one_result_twice() -> None:
     pair.run()
     [ready] = pair.arrived()
     assert ready.payload == b"\x92\x01\x02"
+    assert [stream for stream, _, _ in pair.replies()] == [first]
 
 
 def test_results_that_nobody_refers_to_are_not_kept() -> None:
@@ -900,7 +912,7 @@ def test_results_that_nobody_refers_to_are_not_kept() -> None:
     first, *others = arrived(connection)
     with measured() as held:
         while others:
-            connection.reply(others.pop(), 0, bytes(16_000))
+            connection.reply(others.pop(), 0, bytes(4_000))
             sent(connection)
         assert held() < 100_000
     assert first.state is not first.state.CLOSED
@@ -933,6 +945,33 @@ def test_arguments_above_the_cap_are_not_put_together() -> None:
             connection.receive_data(frame(DATA, bytes(16_384), id=1), 0)
             assert events(connection) == []
     assert replies(connection) == {1: (Status.RESOURCE_EXHAUSTED, True)}
+
+
+# What the peer says after it has given up.
+
+
+def test_nothing_is_heard_after_a_goaway_with_an_error() -> None:
+    connection = connect()
+    connection.receive_data(packed(GOAWAY, [CloseCode.INTERNAL_ERROR]) + b"\0" * 100, 0)
+    connection.receive_data(b"\0" * 100, 0)
+    assert [event.code for event in events(connection) if isinstance(event, GoAwayReceived)] == [
+        CloseCode.INTERNAL_ERROR
+    ]
+    sent(connection)
+    assert connection.closed
+
+
+def test_a_goaway_gives_back_only_the_calls_that_are_still_wanted() -> None:
+    connection = connect("client")
+    streams = [Stream("Vault.get", b"\x90") for _ in range(3)]
+    for stream in streams:
+        connection.call(stream, 0)
+    sent(connection)
+    connection.reset(streams[1], 0)
+    connection.receive_data(packed(GOAWAY, [0], id=1), 0)
+    [event] = events(connection)
+    assert isinstance(event, GoAwayReceived)
+    assert event.refused == [streams[2]]
 
 
 # 17. What a peer sends is told in a form that can be logged.

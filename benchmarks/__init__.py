@@ -1,0 +1,1 @@
+"""Measures druvarpc beside its peers; see README.md."""

@@ -1,0 +1,5 @@
+"""`python -m examples.backup`."""
+
+from .cli import main
+
+main()

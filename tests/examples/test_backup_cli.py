@@ -1,0 +1,274 @@
+"""The commands, as real processes over real sockets; some of them killed."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "examples.backup"]
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+class Finished:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        with process:
+            self.stdout, self.stderr = process.communicate(timeout=60)
+        self.status = process.returncode
+        self.errors = self.stderr.splitlines()
+
+    @property
+    def json(self):
+        return json.loads(self.stdout.splitlines()[-1])
+
+
+def run(*arguments: object) -> Finished:
+    return Finished(start(*arguments))
+
+
+def succeed(*arguments: object):
+    done = run(*arguments, "--json")
+    assert (done.status, done.stderr) == (0, "")
+    return done.json
+
+
+@contextmanager
+def serving(store: Path, listen: str = "tcp://127.0.0.1:0") -> Iterator["Serving"]:
+    with start("serve", "--store", store, "--listen", listen) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("listening on "), process.stderr
+            yield Serving(process, line.removeprefix("listening on ").strip())
+        finally:
+            process.kill()
+
+
+class Serving:
+    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+        self.process = process
+        self.url = url
+
+    def stop(self) -> Finished:
+        self.process.send_signal(signal.SIGTERM)
+        return Finished(self.process)
+
+
+@contextmanager
+def counting(url: str, limit: int, act: Callable[[], None]) -> Iterator[str]:
+    """Forwards one connection to a server, and acts when a client has sent `limit` bytes."""
+    host, port = url.removeprefix("tcp://").split(":")
+
+    def forward(source: socket.socket, sink: socket.socket, limit: float) -> None:
+        passed = 0
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                passed += len(data)
+                if passed >= limit:
+                    act()
+                    limit = float("inf")
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def relay() -> None:
+        with suppress(OSError):
+            near, _ = listener.accept()
+            with near, socket.create_connection((host, int(port))) as far:
+                back = threading.Thread(target=forward, args=(far, near, float("inf")))
+                back.start()
+                forward(near, far, limit)
+                back.join()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=relay)
+        thread.start()
+        try:
+            yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            # Wakes `accept`, should no client have come.
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    source = tmp_path / "source"
+    (source / "below").mkdir(parents=True)
+    for number in range(20):
+        (source / f"{number}").write_bytes(random.Random(number).randbytes(500_000))
+        (source / "below" / f"{number}").write_text(f"{number}\n")
+    (source / "link").symlink_to("below/1")
+    return source
+
+
+def same(left: Path, right: Path) -> bool:
+    compare = ["diff", "--recursive", "--no-dereference", str(left), str(right)]
+    return subprocess.run(compare, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "unix"])
+def test_back_up_list_and_restore(tmp_path, source, scheme):
+    listen = f"unix://{tmp_path}/socket" if scheme == "unix" else "tcp://127.0.0.1:0"
+    with serving(tmp_path / "store", listen) as server:
+        assert succeed("snapshots", "--server", server.url) == {"snapshots": []}
+        first = succeed("backup", source, "--server", server.url, "--name", "mine")
+        assert (first["files"], first["source_bytes"]) == (40, 10_000_050)
+        assert first["chunks"] >= first["new_chunks"] >= 60
+        assert 10_000_000 < first["wire_bytes"] < 10_200_000
+        assert 0 < first["round_trips"] <= first["calls"]
+        (source / "new").write_text("new")
+        second = succeed("backup", source, "--server", server.url, "--name", "mine")
+        assert second["new_chunks"] == 1
+        assert second["wire_bytes"] < 20_000
+        assert second["round_trips"] < 10
+        listed = succeed("snapshots", "--server", server.url)["snapshots"]
+        assert [found["id"] for found in listed] == [first["snapshot"], second["snapshot"]]
+        assert {found["name"] for found in listed} == {"mine"}
+        done = succeed("restore", first["snapshot"], tmp_path / "1", "--server", server.url)
+        assert (done["files"], done["bytes"]) == (40, 10_000_050)
+        assert done["wire_bytes"] > 10_000_000
+        assert done["seconds"] > 0
+        (tmp_path / "2").mkdir()
+        done = succeed("restore", "mine", tmp_path / "2", "--server", server.url)
+        assert done["files"] == 41
+        stopped = server.stop()
+    assert (stopped.status, stopped.stdout, stopped.stderr) == (0, "", "")
+    assert same(tmp_path / "2", source)
+    (source / "new").unlink()
+    assert same(tmp_path / "1", source)
+
+
+def test_for_people(tmp_path, source):
+    with serving(tmp_path / "store") as server:
+        made = run("backup", source, "--server", server.url, "--name", "mine").stdout
+        assert re.search(r"^snapshot [0-9a-f]{32} of mine\n40 files, 10\.0 MB, in", made)
+        listed = run("snapshots", "--server", server.url).stdout
+        assert re.search(r"^[0-9a-f]{32}  \d{4}-\d\d-\d\d .* 40 files    10\.0 MB  mine\n$", listed)
+        restored = run("restore", "mine", tmp_path / "restored", "--server", server.url).stdout
+        assert restored.startswith("40 files, 10.0 MB, in")
+
+
+def test_what_was_skipped_is_named_and_shows_in_the_status(tmp_path, source):
+    os.mkfifo(source / "pipe")
+    with serving(tmp_path / "store") as server:
+        done = run("backup", source, "--server", server.url, "--name", "mine", "--json")
+        assert done.status == 1
+        assert done.errors == [
+            "skipped pipe: a FIFO",
+            "error: 1 skipped, all else is in the snapshot",
+        ]
+        assert (done.json["files"], done.json["skipped"]) == (40, 1)
+        succeed("restore", done.json["snapshot"], tmp_path / "restored", "--server", server.url)
+    (source / "pipe").unlink()
+    assert same(tmp_path / "restored", source)
+
+
+def test_a_failure_is_one_line(tmp_path, source):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nowhere = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    with serving(tmp_path / "store") as server:
+        here = ("--server", server.url)
+        name = ("--name", "mine")
+        succeed("backup", source, *here, *name)
+        failures = [
+            (1, "can't connect", ("backup", source, "--server", nowhere, *name)),
+            (1, "can't connect", ("snapshots", "--server", nowhere)),
+            (2, "tcp://host:port", ("snapshots", "--server", "nowhere")),
+            (1, "No such file", ("backup", tmp_path / "missing", *here, *name)),
+            (1, "Not a directory", ("backup", source / "1", *here, *name)),
+            (2, "--name", ("backup", source, *here)),
+            (1, "no snapshot", ("restore", "nobody", tmp_path / "restored", *here)),
+            (1, "is not empty", ("restore", "mine", tmp_path / "full", *here)),
+            (1, "Not a directory", ("restore", "mine", source / "1", *here)),
+            (1, "No such file", ("restore", "mine", tmp_path / "a/b", *here)),
+            (1, "used by another", ("serve", "--store", tmp_path / "store", "--listen", nowhere)),
+            (1, "in use", ("serve", "--store", tmp_path / "other", "--listen", server.url)),
+            (1, "tcp://host:port", ("serve", "--store", tmp_path / "third", "--listen", "x")),
+            (2, "No such command", ("nonsense",)),
+        ]
+        processes = [start(*arguments) for _, _, arguments in failures]
+        for (status, text, _), process in zip(failures, processes, strict=True):
+            done = Finished(process)
+            assert (done.status, done.stdout) == (status, "")
+            (line,) = done.errors
+            assert line.startswith("error: ")
+            assert text in line
+    assert not (tmp_path / "restored").exists()
+    assert os.listdir(tmp_path / "full") == ["file"]
+
+
+@pytest.mark.parametrize("sent", [1_000, 5_000_000])
+def test_a_client_killed_in_the_middle_leaves_nothing_visible(tmp_path, source, sent):
+    clients: list[subprocess.Popen[str]] = []
+    with serving(tmp_path / "store") as server:
+        with counting(server.url, sent, lambda: clients[0].kill()) as url:
+            clients.append(start("backup", source, "--server", url, "--name", "mine"))
+            assert Finished(clients[0]).status == -signal.SIGKILL
+        assert succeed("snapshots", "--server", server.url) == {"snapshots": []}
+        succeed("backup", source, "--server", server.url, "--name", "mine")
+        succeed("restore", "mine", tmp_path / "restored", "--server", server.url)
+    assert same(tmp_path / "restored", source)
+
+
+@pytest.mark.parametrize("sent", [1_000, 5_000_000])
+def test_a_server_killed_in_the_middle_fails_the_client_and_nothing_else(tmp_path, source, sent):
+    with (
+        serving(tmp_path / "store") as server,
+        counting(server.url, sent, server.process.kill) as url,
+    ):
+        done = run("backup", source, "--server", url, "--name", "mine")
+        assert done.status == 1
+        assert len(done.errors) == 1
+        assert done.stderr.startswith("error: ")
+    with serving(tmp_path / "store") as server:
+        assert succeed("snapshots", "--server", server.url) == {"snapshots": []}
+        succeed("backup", source, "--server", server.url, "--name", "mine")
+        succeed("restore", "mine", tmp_path / "restored", "--server", server.url)
+    assert same(tmp_path / "restored", source)
+
+
+def test_an_interrupted_client_says_so(tmp_path, source):
+    clients: list[subprocess.Popen[str]] = []
+    with (
+        serving(tmp_path / "store") as server,
+        counting(server.url, 1_000_000, lambda: clients[0].send_signal(signal.SIGINT)) as url,
+    ):
+        clients.append(start("backup", source, "--server", url, "--name", "mine"))
+        done = Finished(clients[0])
+    assert (done.status, done.stderr) == (130, "error: interrupted\n")
+
+
+def test_a_server_told_to_stop_ends_its_clients_calls_first(tmp_path, source):
+    with (
+        serving(tmp_path / "store") as server,
+        counting(server.url, 1_000_000, lambda: server.process.send_signal(signal.SIGTERM)) as url,
+    ):
+        done = run("backup", source, "--server", url, "--name", "mine")
+        stopped = Finished(server.process)
+    assert (stopped.status, stopped.stderr) == (0, "")
+    # New calls are refused while it drains, and a backup makes many.
+    assert done.status == 1
+    assert len(done.errors) == 1

@@ -1,0 +1,494 @@
+"""Backups and restores across a wire, in one process; also with peers that lie."""
+
+import os
+import random
+import sys
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import druvarpc
+from druvarpc import RpcError, Status
+from druvarpc.testing import connected
+from examples.backup import tree
+from examples.backup.chunks import LIMIT, RAW, Chunk, Codec, chunk_id
+from examples.backup.client import back_up
+from examples.backup.errors import BackupError, ChunkError, InvalidEntry, UnsafePath
+from examples.backup.loads import FETCH_SIZE, KEPT, LOAD_ENTRIES, Planner
+from examples.backup.restore import restore
+from examples.backup.server import StoreService
+from examples.backup.service import MAX_FETCH, MAX_IDS, BackupStore
+from examples.backup.snapshots import Snapshot
+from examples.backup.stages import in_order
+from examples.backup.store import Store
+from examples.backup.tree import Entry, Kind, Skipped, check_next
+
+CHECKOUT = Path(__file__).parents[2]
+ROOT = Entry(b"", Kind.DIRECTORY, 0o755, 0)
+
+
+@asynccontextmanager
+async def served(place: Path) -> AsyncGenerator[druvarpc.Client, None]:
+    with Store(place) as store:
+        async with connected([StoreService(store)]) as client:
+            yield client
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    source = tmp_path / "source"
+    (source / "d/e").mkdir(parents=True)
+    (source / "d/large").write_bytes(random.Random(1).randbytes(20_000_000))
+    (source / "d/e/empty").touch()
+    (source / "d/e/text").write_text("words " * 100_000)
+    (source / "d/e/same").write_text("words " * 100_000)
+    for number in range(200):
+        (source / f"small-{number}").write_text(f"{number} " * number)
+    (source / os.fsdecode(b"not \xff UTF-8")).write_bytes(b"x")
+    (source / "link").symlink_to("d/large")
+    (source / "dangling").symlink_to("/nowhere")
+    (source / "d").chmod(0o750)
+    os.utime(source / "d/e/text", ns=(1, 1_234_567_890_123_456_789))
+    return source
+
+
+def described(root: Path) -> list[tuple[object, ...]]:
+    found = []
+    for entry in tree.scan(os.fsencode(root)):
+        assert isinstance(entry, Entry)
+        full = Path(os.fsdecode(os.path.join(os.fsencode(root), entry.path)))
+        found.append((entry, full.read_bytes() if entry.kind is Kind.FILE else b""))
+    return found
+
+
+def encoded(content: bytes) -> Chunk:
+    return Codec().encode(chunk_id(content), content)
+
+
+def file(path: bytes, *chunks: Chunk) -> Entry:
+    sizes = tuple(chunk.size for chunk in chunks)
+    ids = tuple(chunk.id for chunk in chunks)
+    return Entry(path, Kind.FILE, 0o644, 0, sum(sizes), chunks=ids, sizes=sizes)
+
+
+async def test_a_tree_comes_back_as_it_was(tmp_path, source):
+    async with served(tmp_path / "store") as client:
+        did = await back_up(client, os.fsencode(source), "name")
+        restored = await restore(client, "name", os.fsencode(tmp_path / "restored"))
+    assert described(tmp_path / "restored") == described(source)
+    assert did.snapshot.files == restored.files == 205
+    assert did.snapshot.size == restored.bytes
+    assert did.skipped == 0
+
+
+async def test_only_what_is_new_is_sent(tmp_path, source):
+    async with served(tmp_path / "store") as client:
+        first = await back_up(client, os.fsencode(source), "name")
+        assert first.new_bytes < first.snapshot.size
+        before = client.statistics()
+        again = await back_up(client, os.fsencode(source), "name")
+        after = client.statistics()
+        assert again.new_chunks == 0
+        # A question for each batch of 8 MiB, and the stream of entries.
+        assert after.calls_started - before.calls_started == 4
+        assert after.bytes_sent - before.bytes_sent < 100_000
+        with (source / "d/large").open("r+b") as large:
+            large.seek(10_000_000)
+            large.write(b"changed")
+        changed = await back_up(client, os.fsencode(source), "name")
+        assert 1 <= changed.new_chunks <= 3
+        for snapshot in (again.snapshot, changed.snapshot):
+            await restore(client, snapshot.id, os.fsencode(tmp_path / snapshot.id))
+    assert described(tmp_path / changed.snapshot.id) == described(source)
+    assert described(tmp_path / again.snapshot.id) != described(source)
+
+
+async def test_what_occurs_again_is_fetched_once(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    content = random.Random(2).randbytes(2_000_000)
+    for number in range(10):
+        (source / f"{number}").write_bytes(content)
+    async with served(tmp_path / "store") as client:
+        await back_up(client, os.fsencode(source), "name")
+        before = client.statistics().bytes_received
+        await restore(client, "name", os.fsencode(tmp_path / "restored"))
+        assert client.statistics().bytes_received - before < 2_100_000
+    assert described(tmp_path / "restored") == described(source)
+
+
+async def test_what_cannot_be_read_is_reported_and_the_rest_backed_up(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_text("content")
+    os.mkfifo(source / "pipe")
+    skipped: list[Skipped] = []
+    async with served(tmp_path / "store") as client:
+        did = await back_up(client, os.fsencode(source), "name", skipped.append)
+    assert skipped == [Skipped(b"pipe", "a FIFO")]
+    assert (did.skipped, did.snapshot.files) == (1, 1)
+
+
+async def test_a_root_that_is_no_directory_leaves_no_snapshot(tmp_path):
+    (tmp_path / "file").touch()
+    async with served(tmp_path / "store") as client:
+        with pytest.RaisesGroup(NotADirectoryError, flatten_subgroups=True):
+            await back_up(client, os.fsencode(tmp_path / "file"), "name")
+        assert await client.stub(BackupStore).snapshots() == []
+
+
+async def test_clients_share_what_they_have_in_common(tmp_path, source):
+    made = []
+
+    async def one(client: druvarpc.Client, name: str) -> None:
+        made.append(await back_up(client, os.fsencode(source), name))
+
+    with Store(tmp_path / "store") as store:
+        service = StoreService(store)
+        async with (
+            connected([service]) as first,
+            connected([service]) as second,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(one, first, "a")
+            nursery.start_soon(one, second, "b")
+        assert {snapshot.name for snapshot in store.snapshots()} == {"a", "b"}
+        async with connected([service]) as client:
+            for name in ("a", "b"):
+                await restore(client, name, os.fsencode(tmp_path / name))
+                assert described(tmp_path / name) == described(source)
+    packed = sum(path.stat().st_size for path in (tmp_path / "store/packs").iterdir())
+    assert packed < 20_500_000
+
+
+names = st.binary(min_size=1, max_size=8).filter(
+    lambda name: name not in (b".", b"..") and not set(name) & set(b"/\0")
+)
+contents = st.one_of(
+    st.binary(max_size=50),
+    st.builds(
+        lambda seed, size: random.Random(seed).randbytes(size),
+        st.integers(0, 3),
+        st.integers(0, 300_000),
+    ),
+)
+leaves = st.one_of(contents, st.just("link"))
+trees = st.dictionaries(
+    names, st.recursive(leaves, lambda below: st.dictionaries(names, below, max_size=4)), max_size=5
+)
+
+
+def plant(place: bytes, wanted: dict[bytes, object]) -> None:
+    os.mkdir(place)
+    for name, what in wanted.items():
+        path = os.path.join(place, name)
+        if isinstance(what, dict):
+            plant(path, what)
+        elif isinstance(what, bytes):
+            Path(os.fsdecode(path)).write_bytes(what)
+        else:
+            os.symlink(name, path)
+
+
+@settings(max_examples=15)
+@given(trees)
+async def test_any_tree_comes_back(wanted):
+    with TemporaryDirectory() as name:
+        place = Path(name)
+        plant(os.fsencode(place / "source"), wanted)
+        async with served(place / "store") as client:
+            await back_up(client, os.fsencode(place / "source"), "name")
+            await restore(client, "name", os.fsencode(place / "restored"))
+        assert described(place / "restored") == described(place / "source")
+
+
+# What the server refuses.
+
+
+async def test_refusals_say_what_is_wrong(tmp_path):
+    place = tmp_path / "store"
+    known, unknown = encoded(b"known"), encoded(b"unknown")
+    false = Chunk(encoded(b"another").id, 3, RAW + b"abc")
+    async with served(place) as client:
+        store = client.stub(BackupStore)
+        await store.put([known])
+        assert await store.missing([unknown.id, known.id, b"no id"]) == [0, 2]
+
+        async def refused(status: Status, call: Callable[[], object]) -> None:
+            with pytest.raises(RpcError) as caught:
+                await call()  # type: ignore[misc]
+            assert caught.value.status is status
+            assert caught.value.message
+            assert str(place) not in caught.value.message
+
+        await refused(Status.INVALID_ARGUMENT, lambda: store.put([unknown, false]))
+        await refused(Status.FAILED_PRECONDITION, lambda: store.fetch([known.id, unknown.id]))
+        await refused(Status.INVALID_ARGUMENT, lambda: store.fetch([known.id] * (MAX_IDS + 1)))
+        await refused(Status.INVALID_ARGUMENT, lambda: store.missing([b""] * (MAX_IDS + 1)))
+        await refused(Status.NOT_FOUND, lambda: anext(store.entries("nobody")))
+        large = encoded(random.Random(3).randbytes(LIMIT))
+        await store.put([large])
+        await refused(Status.RESOURCE_EXHAUSTED, lambda: store.fetch([large.id] * 5))
+        assert 5 * LIMIT > MAX_FETCH
+        assert await store.missing([unknown.id]) == [0]
+        for pack in (place / "packs").iterdir():
+            content = bytearray(pack.read_bytes())
+            content[70] ^= 1
+            pack.write_bytes(content)
+        await refused(Status.DATA_LOSS, lambda: store.fetch([known.id]))
+
+
+@pytest.mark.parametrize(
+    ("entries", "status"),
+    [
+        ([ROOT, file(b"a", encoded(b"unknown"))], Status.FAILED_PRECONDITION),
+        ([ROOT, file(b"b"), file(b"a")], Status.INVALID_ARGUMENT),
+        ([ROOT, file(b"a", encoded(b"known"))._replace(size=99)], Status.INVALID_ARGUMENT),
+    ],
+)
+async def test_entries_that_are_no_tree_make_no_snapshot(tmp_path, entries, status):
+    async def sent() -> AsyncIterator[list[Entry]]:
+        for entry in entries:
+            yield [entry]
+
+    async with served(tmp_path) as client:
+        store = client.stub(BackupStore)
+        await store.put([encoded(b"known")])
+        with pytest.raises(RpcError) as caught:
+            await store.commit("name", sent())
+        assert caught.value.status is status
+        assert await store.snapshots() == []
+
+
+async def test_a_store_that_cannot_be_written_fails_the_backup_and_names_no_path(tmp_path, source):
+    place = tmp_path / "store"
+    with Store(place) as store:
+        (place / "packs").rmdir()
+        async with connected([StoreService(store)]) as client:
+            with pytest.RaisesGroup(
+                pytest.RaisesExc(RpcError, match="cannot be written: No such file or directory$"),
+                flatten_subgroups=True,
+            ):
+                await back_up(client, os.fsencode(source), "name")
+        assert store.snapshots() == []
+
+
+async def test_a_client_that_leaves_in_the_middle_leaves_nothing_visible(tmp_path):
+    async def sent() -> AsyncIterator[list[Entry]]:
+        yield [ROOT]
+        started.set()
+        await trio.sleep_forever()
+
+    started = trio.Event()
+    with Store(tmp_path) as store:
+        service = StoreService(store)
+        async with connected([service]) as client, trio.open_nursery() as nursery:
+            nursery.start_soon(client.stub(BackupStore).commit, "name", sent())
+            await started.wait()
+            nursery.cancel_scope.cancel()
+        assert store.snapshots() == []
+        async with connected([service]) as client:
+            with pytest.raises(RpcError):
+                await anext(client.stub(BackupStore).entries("name"))
+
+
+# What clients refuse.
+
+
+class Liar(BackupStore):
+    """A server that answers what it was made with."""
+
+    def __init__(
+        self,
+        entries: list[Entry] | None = None,
+        chunks: list[Chunk] | None = None,
+        missing: list[int] | None = None,
+    ) -> None:
+        self._entries = entries or []
+        self._chunks = chunks or []
+        self._missing = missing or []
+
+    async def missing(self, ids: list[bytes]) -> list[int]:
+        return self._missing
+
+    async def commit(self, name: str, entries: AsyncIterator[list[Entry]]) -> Snapshot:
+        async for _ in entries:
+            pass
+        return Snapshot("id", name, 0, 0, 0, 0, 0)
+
+    async def entries(self, snapshot: str) -> AsyncGenerator[list[Entry], None]:
+        for entry in self._entries:
+            yield [entry]
+
+    async def fetch(self, ids: list[bytes]) -> list[Chunk]:
+        return self._chunks
+
+
+TRUE, OTHER = encoded(b"content"), encoded(b"another")
+LIES = {
+    "absolute": ([ROOT, file(b"/tmp/planted", TRUE)], [TRUE], UnsafePath),
+    "upwards": ([ROOT, file(b"../planted", TRUE)], [TRUE], UnsafePath),
+    "upwards below": (
+        [ROOT, ROOT._replace(path=b"d"), file(b"d/../../planted", TRUE)],
+        [TRUE],
+        UnsafePath,
+    ),
+    "NUL": ([ROOT, file(b"a\0b", TRUE)], [TRUE], UnsafePath),
+    "a file instead of the root": ([file(b"", TRUE)], [TRUE], BackupError),
+    "through a link": (
+        [ROOT, Entry(b"a", Kind.SYMLINK, 0o777, 0, target=b".."), file(b"a/planted", TRUE)],
+        [TRUE],
+        BackupError,
+    ),
+    "a path twice": ([ROOT, file(b"a", TRUE), file(b"a", TRUE)], [TRUE], InvalidEntry),
+    "a link, then a file there": (
+        [ROOT, Entry(b"a", Kind.SYMLINK, 0o777, 0, target=b"../planted"), file(b"a", TRUE)],
+        [TRUE],
+        InvalidEntry,
+    ),
+    "wrong content": ([ROOT, file(b"a", TRUE)], [TRUE._replace(data=OTHER.data)], ChunkError),
+    "another chunk": ([ROOT, file(b"a", TRUE)], [OTHER], ChunkError),
+    "another size": ([ROOT, file(b"a", TRUE)], [TRUE._replace(size=8)], ChunkError),
+    "no chunk": ([ROOT, file(b"a", TRUE)], [], ChunkError),
+    "more chunks": ([ROOT, file(b"a", TRUE)], [TRUE, OTHER], ChunkError),
+    "an oversized chunk": (
+        [ROOT, file(b"a", TRUE)._replace(size=LIMIT + 1, sizes=(LIMIT + 1,))],
+        [TRUE],
+        InvalidEntry,
+    ),
+    "an oversized file": ([ROOT, file(b"a", TRUE)._replace(size=1 << 60)], [TRUE], InvalidEntry),
+    "sizes that cancel out": (
+        [ROOT, file(b"a", TRUE, OTHER)._replace(size=0, sizes=(7, -7))],
+        [TRUE],
+        InvalidEntry,
+    ),
+    "fewer sizes": (
+        [ROOT, file(b"a", TRUE, OTHER)._replace(size=7, sizes=(7,))],
+        [TRUE],
+        InvalidEntry,
+    ),
+    "nothing of a file's end": ([ROOT, file(b"a", TRUE)._replace(size=9)], [TRUE], InvalidEntry),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+async def test_a_lying_server_is_refused_and_writes_nothing_outside(tmp_path, lie):
+    entries, chunks, error = LIES[lie]
+    async with connected([Liar(entries, chunks)]) as client:
+        with pytest.RaisesGroup(error, flatten_subgroups=True, allow_unwrapped=True):
+            await restore(client, "name", os.fsencode(tmp_path / "restored"))
+    assert set(os.listdir(tmp_path)) <= {"restored"}
+    assert "planted" not in os.listdir("/tmp")
+
+
+@pytest.mark.parametrize("lie", ["upwards", "wrong content", "an oversized file"])
+async def test_the_command_refuses_a_lying_server_in_one_line(tmp_path, lie, nursery):
+    entries, chunks, _ = LIES[lie]
+    server = await nursery.start(druvarpc.serve, [Liar(entries, chunks)], "tcp://127.0.0.1:0")
+    arguments = ["restore", "name", tmp_path / "restored", "--server", server.addresses[0]]
+    done = await trio.run_process(
+        [sys.executable, "-m", "examples.backup", *arguments],
+        cwd=CHECKOUT,
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.startswith(b"error: ")
+    assert done.stderr.count(b"\n") == 1
+    assert set(os.listdir(tmp_path)) <= {"restored"}
+
+
+async def test_a_destination_that_has_something_in_it_is_refused(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    async with connected([Liar([ROOT])]) as client:
+        with pytest.raises(BackupError, match="is not empty"):
+            await restore(client, "name", os.fsencode(tmp_path))
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+@pytest.mark.parametrize("positions", [[99], [-1], [0, 0]])
+async def test_a_server_that_misses_what_was_not_offered_is_refused(tmp_path, positions):
+    (tmp_path / "file").write_text("content")
+    async with connected([Liar(missing=positions)]) as client:
+        with pytest.RaisesGroup(BackupError, flatten_subgroups=True):
+            await back_up(client, os.fsencode(tmp_path), "name")
+
+
+# The parts.
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 40), st.integers(1, LIMIT)), max_size=30), max_size=30
+    )
+)
+def test_loads_fetch_what_the_writer_lacks_and_no_more_at_once_than_allowed(files):
+    sizes: dict[int, int] = {}
+    entries = []
+    for number, wanted in enumerate(files):
+        found = [(id.to_bytes(32, "big"), sizes.setdefault(id, size)) for id, size in wanted]
+        entries.extend(
+            tree.parts(Entry(b"%03d" % number, Kind.FILE, 0, 0, sum(s for _, s in found)), found)
+        )
+    planner = Planner()
+    loads = [load for entry in entries for load in planner.add(entry)] + [planner.finish()]
+    has: set[bytes] = set()
+    ends: dict[bytes, int] = {}
+    for load in loads:
+        assert load.size == sum(load.wanted.values())
+        assert load.size <= FETCH_SIZE or len(load.wanted) == 1
+        assert len(load.slices) <= LOAD_ENTRIES
+        assert not has & set(load.wanted)
+        has |= set(load.wanted)
+        for part in load.slices:
+            assert ends.get(part.entry.path, 0) == part.offset
+            ends[part.entry.path] = part.offset + sum(part.entry.sizes[part.start : part.stop])
+            assert has.issuperset(part.entry.chunks[part.start : part.stop])
+        has -= set(load.forgotten)
+        assert sum(sizes[int.from_bytes(id)] for id in has) <= KEPT
+    assert ends == {entry.path: entry.size for entry in entries}
+
+
+def test_a_part_may_not_follow_what_it_does_not_continue():
+    first = file(b"a", TRUE)._replace(size=20)
+    check_next(first, first._replace(offset=7, size=14))
+    for wrong in (first, first._replace(offset=8), first._replace(path=b"b", offset=7)):
+        with pytest.raises(InvalidEntry):
+            check_next(first, wrong)
+
+
+async def test_work_in_threads_keeps_its_order_and_its_bound():
+    release = threading.Event()
+    busy: list[int] = []
+
+    def work(number: int) -> int:
+        busy.append(number)
+        if number == 0:
+            release.wait()
+        else:
+            release.set()
+        return number
+
+    async def numbers() -> AsyncIterator[int]:
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    taken: list[int] = []
+    sink, results = trio.open_memory_channel[int](0)
+    found = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(in_order, work, numbers(), sink, 2)
+        async with aclosing(results):
+            async for result in results:
+                found.append(result)
+                assert len(taken) <= len(found) + 3
+    assert found == sorted(busy) == list(range(20))

@@ -1,0 +1,360 @@
+"""What these tests talk to: a workshop whose calls last, and peers that send raw bytes."""
+
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+import druvarpc
+from druvarpc.protocol.frames import (
+    CALLS,
+    GOAWAY,
+    HEADER_SIZE,
+    MAX_ID,
+    PREFACE,
+    RESET,
+    Settings,
+    decode_reason,
+    encode_settings,
+    frame,
+    pack,
+    unpack_header,
+)
+from druvarpc.transports import MemoryTransport, memory_transports
+
+ROOT = Path(__file__).parents[2]
+TCP = "tcp://127.0.0.1:0"
+
+
+class Work(druvarpc.Service):
+    @druvarpc.rpc
+    async def echo(self, data: bytes) -> bytes: ...
+
+    @druvarpc.rpc
+    async def hold(self) -> None: ...
+
+    @druvarpc.rpc
+    async def fail(self, reason: str) -> None: ...
+
+    @druvarpc.rpc
+    async def gather(self, pieces: AsyncIterator[bytes]) -> int: ...
+
+    @druvarpc.rpc
+    def pour(self, count: int, size: int) -> AsyncGenerator[bytes, None]: ...
+
+    @druvarpc.rpc
+    def drip(self) -> AsyncGenerator[bytes, None]: ...
+
+    @druvarpc.rpc
+    def chat(self, pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]: ...
+
+
+class Workshop(Work):
+    """Counts its handlers; `hold` and `drip` end when `release` is set, or when it is cancelled."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.most = 0
+        self.cancelled = 0
+        self.finished = 0
+        self.release = trio.Event()
+        self._changed = trio.Event()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._changed.wait()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        self._note(running=1)
+        try:
+            yield
+        except (trio.Cancelled, GeneratorExit):
+            self._note(cancelled=1)
+            raise
+        else:
+            self._note(finished=1)
+        finally:
+            self._note(running=-1)
+
+    def _note(self, running: int = 0, cancelled: int = 0, finished: int = 0) -> None:
+        self.running += running
+        self.most = max(self.most, self.running)
+        self.cancelled += cancelled
+        self.finished += finished
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def echo(self, data: bytes) -> bytes:
+        with self.at_work():
+            return data
+
+    async def hold(self) -> None:
+        with self.at_work():
+            await self.release.wait()
+
+    async def fail(self, reason: str) -> None:
+        raise ValueError(reason)
+
+    async def gather(self, pieces: AsyncIterator[bytes]) -> int:
+        with self.at_work():
+            total = 0
+            async for piece in pieces:
+                total += len(piece)
+            return total
+
+    async def pour(self, count: int, size: int) -> AsyncGenerator[bytes, None]:
+        with self.at_work():
+            for _ in range(count):
+                yield bytes(size)
+
+    async def drip(self) -> AsyncGenerator[bytes, None]:
+        with self.at_work():
+            yield b"drop"
+            await self.release.wait()
+            yield b"drop"
+
+    async def chat(self, pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        with self.at_work():
+            async for piece in pieces:
+                yield piece
+
+
+@asynccontextmanager
+async def serving(
+    service: druvarpc.Service, *addresses: str, **options: Any
+) -> AsyncGenerator[druvarpc.Server, None]:
+    """A server for the time of a block."""
+    async with trio.open_nursery() as nursery:
+        start = partial(druvarpc.serve, [service], *(addresses or (TCP,)), **options)
+        server: druvarpc.Server = await nursery.start(start)
+        yield server
+        nursery.cancel_scope.cancel()
+
+
+async def endless() -> AsyncGenerator[bytes, None]:
+    """A stream that begins and doesn't go on."""
+    yield b"first"
+    await trio.sleep_forever()
+
+
+async def settled(condition: Callable[[], bool], within: float = 5) -> None:
+    """Wait for what no event tells of."""
+    with trio.fail_after(within):
+        while not condition():  # noqa: ASYNC110 - sockets and other processes set no events
+            await trio.sleep(0.001)
+
+
+class Calls:
+    """Calls of all cardinalities that last, each with what it ended with."""
+
+    def __init__(self, client: druvarpc.Client) -> None:
+        self._client = client
+        self._work = client.stub(Work)
+        self.errors: list[BaseException | None] = []
+
+    def start(self, nursery: trio.Nursery) -> None:
+        for call in (self._work.hold, self._gather, self._drip, self._chat, self._club):
+            nursery.start_soon(self._note, partial(call))
+
+    async def _note(self, call: Callable[[], Any]) -> None:
+        try:
+            await call()
+        except Exception as error:
+            self.errors.append(error)
+        else:
+            self.errors.append(None)
+
+    async def _gather(self) -> None:
+        await self._work.gather(endless())
+
+    async def _drip(self) -> None:
+        async for _ in self._work.drip():
+            pass
+
+    async def _chat(self) -> None:
+        async for _ in self._work.chat(endless()):
+            pass
+
+    async def _club(self) -> None:
+        async with self._client.club() as club:
+            club.call(self._work.hold)
+
+
+# --- raw peers ---
+
+HELLO = PREFACE + encode_settings(Settings())
+
+
+def call(id: int, method: str | int, *arguments: object, flags: int = 0) -> bytes:
+    return frame(CALLS, pack([[method, flags, pack(arguments)]]), id=id)
+
+
+def reset(id: int) -> bytes:
+    return frame(RESET, pack([1]), id=id)
+
+
+@dataclass(frozen=True)
+class Seen:
+    kind: int
+    flags: int
+    id: int
+    body: bytes
+
+    @property
+    def reason(self) -> tuple[int, str]:
+        assert self.kind == GOAWAY
+        return decode_reason(self.body, "GOAWAY")
+
+
+class RawPeer:
+    """One end of a TCP connection that the test writes by hand."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self._input = bytearray()
+        self._greeted = False
+
+    async def send(self, data: bytes) -> bool:
+        """Send; False if the other end has closed."""
+        try:
+            await self.stream.send_all(data)
+        except trio.BrokenResourceError:
+            return False
+        return True
+
+    async def next(self) -> Seen | None:
+        """Return the next frame, None at the end."""
+        while True:
+            if not self._greeted and len(self._input) >= len(PREFACE):
+                assert self._input.startswith(PREFACE)
+                del self._input[: len(PREFACE)]
+                self._greeted = True
+            if self._greeted and len(self._input) >= HEADER_SIZE:
+                head, tail = unpack_header(self._input)
+                end = HEADER_SIZE + (head & 0xFFFFFF)
+                if len(self._input) >= end:
+                    body = bytes(self._input[HEADER_SIZE:end])
+                    del self._input[:end]
+                    return Seen(head >> 24, tail >> 56, tail & MAX_ID, body)
+            try:
+                data = await self.stream.receive_some(65536)
+            except trio.BrokenResourceError:
+                data = b""
+            if not data:
+                return None
+            self._input += data
+
+    async def until(self, kind: int) -> Seen:
+        while (seen := await self.next()) is not None:
+            if seen.kind == kind:
+                return seen
+        raise AssertionError(f"no frame {kind:#x} came")
+
+    async def last(self) -> Seen:
+        """Return the last frame before the end."""
+        last = None
+        while (seen := await self.next()) is not None:
+            last = seen
+        assert last is not None
+        return last
+
+
+def port_of(server: druvarpc.Server) -> int:
+    return int(server.addresses[0].rpartition(":")[2])
+
+
+@asynccontextmanager
+async def raw_client(
+    server: druvarpc.Server, hello: bytes = HELLO
+) -> AsyncGenerator[RawPeer, None]:
+    async with await trio.open_tcp_stream("127.0.0.1", port_of(server)) as stream:
+        peer = RawPeer(stream)
+        await peer.send(hello)
+        yield peer
+
+
+@asynccontextmanager
+async def raw_server(handler: Callable[[RawPeer], Any]) -> AsyncGenerator[str, None]:
+    """Yield the address of a listener that gives each connection to `handler`."""
+
+    async def handle(stream: trio.SocketStream) -> None:
+        await handler(RawPeer(stream))
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, handle, 0, host="127.0.0.1"))
+        yield f"tcp://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        nursery.cancel_scope.cancel()
+
+
+class Vanishing:
+    """One end of a connection in memory that can go away without a word."""
+
+    def __init__(self, inner: MemoryTransport) -> None:
+        self.peer = "vanishing"
+        self.gone = False
+        self._inner = inner
+
+    async def receive(self) -> bytes:
+        data = await self._inner.receive()
+        if self.gone:
+            await trio.sleep_forever()
+        return data
+
+    async def send(self, buffers: Any) -> None:
+        if self.gone:
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._inner.send(buffers)
+
+    async def send_eof(self) -> None:
+        if not self.gone:
+            await self._inner.send_eof()
+
+    def close(self) -> None:
+        if not self.gone:
+            self._inner.close()
+
+
+def vanishing_pair() -> tuple[Vanishing, Vanishing]:
+    near, far = memory_transports()
+    return Vanishing(near), Vanishing(far)
+
+
+# --- processes ---
+
+
+@asynccontextmanager
+async def process(module: str, *arguments: str) -> AsyncGenerator[trio.Process, None]:
+    """Run a module of these tests; it is killed in the end."""
+    started = await trio.lowlevel.open_process(
+        [sys.executable, "-X", "dev", "-W", "error", "-m", f"tests.io.{module}", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        yield started
+    finally:
+        if started.returncode is None:
+            started.kill()
+        await started.wait()
+        await started.stdout.aclose()
+        await started.stderr.aclose()
+
+
+async def line_of(started: trio.Process) -> str:
+    """Return the next line that a process prints."""
+    line = b""
+    with trio.fail_after(20):
+        while not line.endswith(b"\n"):
+            more = await started.stdout.receive_some(1)
+            assert more, (await started.stderr.receive_some(65536)).decode()
+            line += more
+    return line.decode().strip()

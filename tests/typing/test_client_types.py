@@ -1,0 +1,85 @@
+# Declarations have no bodies, which mypy accepts only from protocols and abstract methods.
+# mypy: disable-error-code="empty-body"
+"""What type checkers see of a client: stubs are services, replies and windows know their types."""
+
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import assert_type
+
+import druvarpc
+from druvarpc.testing import connected
+
+
+@dataclass(frozen=True)
+class Chunk:
+    digest: bytes
+    data: bytes
+
+
+class Vault(druvarpc.Service):
+    @druvarpc.rpc(idempotent=True)
+    async def missing(self, digests: list[bytes], limit: int = 10) -> list[int]: ...
+
+    @druvarpc.rpc
+    async def put(self, chunk: Chunk) -> int: ...
+
+    @druvarpc.rpc
+    async def flush(self) -> None: ...
+
+    @druvarpc.rpc
+    async def upload(self, pieces: AsyncIterator[bytes]) -> int: ...
+
+    @druvarpc.rpc
+    def download(self, digests: list[bytes]) -> AsyncGenerator[bytes, None]: ...
+
+
+async def a_stub_is_a_service() -> None:
+    async with druvarpc.connect("tcp://127.0.0.1:7420") as client:
+        assert_type(client, druvarpc.Client)
+        vault = client.stub(Vault, metadata={"key": b"value"}, priority=druvarpc.Priority.BULK)
+        assert_type(vault, Vault)
+        assert_type(await vault.missing([b""]), list[int])
+        assert_type(vault.download([b""]), AsyncGenerator[bytes, None])
+        assert_type(client.statistics(), druvarpc.Statistics)
+        assert_type(await client.ping(), float)
+        client.stub(int)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+    async with connected([Vault()]) as client:
+        assert_type(client.stub(Vault), Vault)
+
+
+async def a_reply_knows_its_type(client: druvarpc.Client, vault: Vault) -> None:
+    async with client.club() as club:
+        assert_type(club, druvarpc.Club)
+        missing = club.call(vault.missing, [b""], limit=3)
+        assert_type(missing, druvarpc.Reply[list[int]])
+        put = club.call(vault.put, missing)
+        assert_type(put, druvarpc.Reply[int])
+        assert_type(club.call(vault.flush), druvarpc.Reply[None])
+        assert_type(missing[0], druvarpc.Part)
+        assert_type(missing.field("a")["b"], druvarpc.Part)
+        club.call(vault.download, [b""])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type(missing.value, list[int])
+    assert_type(put.value, int)
+    assert_type(put.error, Exception | None)
+
+
+async def a_window_knows_its_type(
+    vault: Vault, chunks: Iterable[Chunk], later: AsyncIterable[Chunk]
+) -> None:
+    assert_type(druvarpc.windowed(vault.put, chunks), AsyncGenerator[int, None])
+    assert_type(druvarpc.windowed(vault.put, later, window=3), AsyncGenerator[int, None])
+    assert_type(
+        druvarpc.windowed(vault.missing, [[b""]], ordered=False), AsyncGenerator[list[int], None]
+    )
+    async for size in druvarpc.windowed(vault.put, [Chunk(b"", b"")]):
+        assert_type(size, int)
+    druvarpc.windowed(vault.put, [b""])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def errors_and_calls_have_types(error: druvarpc.RpcError) -> None:
+    assert_type(error.status, druvarpc.Status)
+    assert_type(error.message, str)
+    assert_type(error.not_started, bool)
+    assert_type(druvarpc.current_call(), druvarpc.CurrentCall)
+    assert_type(druvarpc.current_call().deadline, float)
+    assert_type(druvarpc.current_call().method, str)
