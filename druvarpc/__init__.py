@@ -2,7 +2,6 @@
 
 from druvarpc.client import Client, connect
 from druvarpc.club import Club, Part, Reply
-from druvarpc.dispatch import CurrentCall, current_call
 from druvarpc.errors import (
     ConnectionLost,
     LocalProtocolError,
@@ -11,6 +10,7 @@ from druvarpc.errors import (
     RpcError,
     Status,
 )
+from druvarpc.handlers import CurrentCall, current_call
 from druvarpc.protocol import Clubbing, Limits, Priority
 from druvarpc.server import Server, serve
 from druvarpc.service import Service, rpc

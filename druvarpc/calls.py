@@ -7,7 +7,7 @@ receives.
 """
 
 import math
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from typing import Any, Final
 
 import msgspec
@@ -28,7 +28,7 @@ from druvarpc.protocol import (
     Stream,
     Writable,
 )
-from druvarpc.service import Cardinality, Method
+from druvarpc.service import Method
 from druvarpc.session import Pipe, Session, closing
 from druvarpc.statistics import Totals
 
@@ -391,50 +391,6 @@ class Options:
     def __init__(self, lane: Priority, metadata: tuple[tuple[str, str | bytes], ...]) -> None:
         self.lane = lane
         self.metadata = metadata
-
-
-class StubMethod:
-    """A method of a stub: calling it makes the call."""
-
-    __slots__ = ("calls", "method", "options")
-
-    def __init__(self, calls: Calls, method: Method, options: Options) -> None:
-        self.calls = calls
-        self.method = method
-        self.options = options
-
-    def __repr__(self) -> str:
-        return f"<stub of {self.method.name}>"
-
-    def __call__(
-        self, *args: Any, **kwargs: Any
-    ) -> Coroutine[Any, Any, Any] | AsyncGenerator[Any, None]:
-        """Make the call.
-
-        Raises:
-            TypeError: the arguments are not those of the method.
-            RpcError: INVALID_ARGUMENT, an argument can't be encoded.
-        """
-        method, calls = self.method, self.calls
-        payload, source = method.encode_call(args, kwargs)
-        if method.cardinality is Cardinality.UNARY_UNARY:
-            return calls.unary(method, self.options, payload)
-        if source is None:
-            return calls.download(method, self.options, payload)
-        if method.cardinality is Cardinality.STREAM_UNARY:
-            return calls.upload(method, self.options, payload, source)
-        return calls.exchange(method, self.options, payload, source)
-
-
-def stub_method(method: object) -> StubMethod:
-    """Return `method` as what it is at run time, a stub's method.
-
-    Raises:
-        TypeError: it is something else.
-    """
-    if not isinstance(method, StubMethod):
-        raise TypeError(f"{method!r} is not a method of a stub")
-    return method
 
 
 def _details(details: bytes | None) -> object:

@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 
 import trio
 
-from druvarpc.calls import Calls, Options, StubMethod
+from druvarpc.calls import Calls, Options
 from druvarpc.club import Club
 from druvarpc.errors import ConnectionLost
 from druvarpc.protocol import (
@@ -18,9 +18,10 @@ from druvarpc.protocol import (
     Priority,
     SettingsReceived,
 )
-from druvarpc.service import Service, methods_of
+from druvarpc.service import Service
 from druvarpc.session import Session, quiet_nursery
 from druvarpc.statistics import Statistics, Totals
+from druvarpc.stubs import make_stub
 from druvarpc.transports import Transport, open_transport, parse_address
 
 S = TypeVar("S", bound=Service)
@@ -63,15 +64,11 @@ class Client:
         """
         pairs = metadata.items() if isinstance(metadata, Mapping) else metadata
         options = Options(Priority(priority), tuple((key, value) for key, value in pairs))
-        # Not by calling the class: its constructor is the server's business.
-        stub = object.__new__(service)
-        for attribute, method in methods_of(service).items():
-            object.__setattr__(stub, attribute, StubMethod(self._calls, method, options))
-        return stub
+        return make_stub(service, self._calls, options)
 
     @asynccontextmanager
     async def club(self, *, raise_errors: bool = True) -> AsyncGenerator[Club, None]:
-        """Collect calls, and send them as one when the block ends.
+        """Collect calls, and send them as one when the block ends, in the lane of the first.
 
         Nothing is sent if the block raises. If it is cancelled while it waits for the replies, what
         hasn't ended is abandoned.
@@ -163,7 +160,8 @@ async def connect(
     """Connect to a server for the time of a block.
 
     Leaving the block ends the connection: calls that other tasks still wait for raise
-    `ConnectionLost`.
+    `ConnectionLost`. So do all calls after the connection has been lost or the server has drained:
+    it isn't made again. Where nothing of a call was begun, the error's `not_started` says so.
 
     Args:
         address: "tcp://host:port" or "unix:///path".

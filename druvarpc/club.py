@@ -3,11 +3,12 @@
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Generic, TypeVar
 
-from druvarpc.calls import Call, Calls, stub_method
+from druvarpc.calls import Call, Calls
 from druvarpc.errors import RpcError, Status
 from druvarpc.protocol import Reference
 from druvarpc.protocol.clubs import MAX_PATH, MAX_REFERENCES
 from druvarpc.service import Cardinality, Method
+from druvarpc.stubs import stub_method
 
 T = TypeVar("T")
 

@@ -12,20 +12,17 @@ context, so that what it sets in context variables doesn't reach the next one.
 
 import logging
 import math
-import types
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
-from contextvars import Context, ContextVar, copy_context
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Final, TypeVar, cast
+from typing import Final
 
-import msgspec
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task
 
 from druvarpc.codec import printable
-from druvarpc.errors import LocalProtocolError, RpcError, Status
+from druvarpc.errors import LocalProtocolError, Status
+from druvarpc.handlers import Entry, Requests, failure_of, run_for
 from druvarpc.protocol import (
     CallsReceived,
     Connection,
@@ -39,99 +36,15 @@ from druvarpc.protocol import (
     Stream,
     Writable,
 )
-from druvarpc.service import Cardinality, Method, Service, implementation_of, methods_of
+from druvarpc.service import Cardinality
 from druvarpc.session import Pipe, Session, closing
 from druvarpc.statistics import Totals
 from druvarpc.transports import Transport
 
 logger = logging.getLogger("druvarpc")
 
-T = TypeVar("T")
-
 # Tasks that a connection keeps for the next calls; a task more or less costs some 10 µs.
 MAX_IDLE: Final = 8
-
-
-@dataclass(frozen=True, slots=True)
-class CurrentCall:
-    """The call that a handler runs for.
-
-    Attributes:
-        method: "Service.method".
-        peer: the caller's address.
-        identity: who the caller is; None without authentication.
-        metadata: what the caller sent along; of equal keys, the last.
-        deadline: in trio's clock; infinite without one.
-    """
-
-    method: str
-    peer: str
-    identity: object
-    metadata: Mapping[str, str | bytes]
-    deadline: float
-
-
-_current: ContextVar[tuple["Dispatcher", Stream]] = ContextVar("druvarpc_current_call")
-
-
-def current_call() -> CurrentCall:
-    """Return the call that the running handler, or a task that it started, works for.
-
-    Raises:
-        LookupError: there is none.
-    """
-    try:
-        dispatcher, call = _current.get()
-    except LookupError:
-        raise LookupError("no handler of a call is running here") from None
-    return CurrentCall(
-        method=call.method,
-        peer=dispatcher.session.transport.peer,
-        identity=None,
-        metadata=dict(call.metadata),
-        deadline=math.inf if call.deadline is None else call.deadline,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What answers a method: its row, and the bound function, None if it isn't implemented."""
-
-    method: Method
-    handler: Callable[..., Any] | None
-
-
-def dispatch_table(services: Sequence[Service]) -> dict[str, Entry]:
-    """Return the methods of services by their names on the wire.
-
-    Raises:
-        TypeError: one of them is no service.
-        ValueError: two have a method of the same name.
-    """
-    table: dict[str, Entry] = {}
-    for service in services:
-        kind: type = type(service)
-        if not issubclass(kind, Service):
-            raise TypeError(f"{service!r} is not a druvarpc.Service")
-        for method in methods_of(kind).values():
-            if method.name in table:
-                raise ValueError(f"two services have the method {method.name}")
-            table[method.name] = Entry(method, implementation_of(service, method))
-    return table
-
-
-class Requests(AsyncIterator[Any]):
-    """The stream that a handler receives."""
-
-    def __init__(self, method: Method, pipe: Pipe) -> None:
-        self._method = method
-        self._pipe = pipe
-
-    async def __anext__(self) -> Any:
-        message = await self._pipe.receive()
-        if message is None:
-            raise StopAsyncIteration
-        return self._method.decode_request(message)
 
 
 class _Worker:
@@ -186,6 +99,7 @@ class Dispatcher:
         self._nursery = nursery
         self._totals = totals
         self._queue: deque[Stream] = deque()
+        self._workers: dict[_Worker, None] = {}
         self._idle: list[Task] = []
         self._waking = False
         self._active = 0
@@ -218,8 +132,11 @@ class Dispatcher:
             self.session.fail(f"the client closed the connection: {printable(event.message)}")
 
     def _discard(self) -> None:
-        """Begin no more handlers, since nobody will hear of their results."""
+        """Begin no more handlers and stop those that run: nobody will hear of their results."""
         self._queue.clear()
+        for worker in self._workers:
+            if worker.call is not None:
+                worker.stop(Outcome(Status.CANCELLED))
 
     def _stop(self, call: Stream, outcome: Outcome) -> None:
         worker = call.token
@@ -244,6 +161,7 @@ class Dispatcher:
     async def _work(self) -> None:
         self._waking = False
         worker = _Worker()
+        self._workers[worker] = None
         busy = True
         while busy:
             with trio.CancelScope() as worker.scope:
@@ -253,6 +171,7 @@ class Dispatcher:
                 late = Outcome(Status.DEADLINE_EXCEEDED, "the deadline passed")
                 self._end(worker, call, None, worker.stopped or late)
             worker.stopped = None
+        del self._workers[worker]
 
     async def _run_calls(self, worker: _Worker) -> bool:
         """Run what is in the queue; return whether there is more to do, in a new scope."""
@@ -295,10 +214,10 @@ class Dispatcher:
             outcome = Outcome(Status.UNIMPLEMENTED, f"{call.method} is not implemented")
             self._end(worker, call, None, outcome)
         else:
-            context = copy_context()
-            context.run(_current.set, (self, call))
             try:
-                payload = await _in_context(context, self._answer(worker, entry, call))
+                payload = await run_for(
+                    call, self.session.transport.peer, self._answer(worker, entry, call)
+                )
             except Exception as error:
                 self._failed(worker, error)
             except BaseExceptionGroup as group:
@@ -340,17 +259,7 @@ class Dispatcher:
     def _failed(self, worker: _Worker, error: Exception) -> None:
         call = worker.call
         assert call is not None
-        found = _rpc_error(error)
-        if found is None:
-            logger.error("%s: the handler failed", call.method, exc_info=error)
-            outcome = Outcome(Status.INTERNAL, "the server failed")
-        else:
-            outcome = Outcome(
-                found.status,
-                found.message,
-                _encode_details(call.method, found.details, self._core.peer.max_inline),
-                not_started=found.not_started,
-            )
+        outcome = failure_of(call.method, error, self._core.peer.max_inline)
         # The items that the handler sent before it failed still arrive.
         self._end(worker, call, None, outcome, after_data=worker.stopped is None)
 
@@ -389,45 +298,3 @@ class Dispatcher:
             self._core.reply(call, now, None, Outcome(Status.INTERNAL, "the server failed"))
         # Calls of a club that waited for this one may be ready.
         self.session.handle_events()
-
-
-@types.coroutine
-def _in_context(context: Context, coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
-    """Await a coroutine whose every step runs in `context`."""
-    try:
-        trap = context.run(coroutine.send, None)
-        while True:
-            try:
-                value = yield trap
-            except BaseException as error:
-                trap = context.run(coroutine.throw, error)
-            else:
-                trap = context.run(coroutine.send, value)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-
-
-def _rpc_error(error: BaseException) -> RpcError | None:
-    """Return the RpcError that `error` is, or is alone in: nurseries wrap what they let through."""
-    while isinstance(error, BaseExceptionGroup):
-        first, *others = cast("BaseExceptionGroup[BaseException]", error).exceptions
-        if others:
-            return None
-        error = first
-    return error if isinstance(error, RpcError) else None
-
-
-def _encode_details(method: str, details: object, most: int) -> bytes | None:
-    """Return details as they travel; None, after a line in the log, for those that can't."""
-    if details is None:
-        return None
-    try:
-        encoded = msgspec.msgpack.encode(details)
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        logger.error("%s: an error's details can't be sent: %s", method, error)  # noqa: TRY400 - likewise
-        return None
-    if len(encoded) > most:
-        logger.error("%s: an error's details of more than %d bytes can't be sent", method, most)
-        return None
-    return encoded

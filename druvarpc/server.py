@@ -6,10 +6,12 @@ from typing import Final
 
 import trio
 
-from druvarpc.dispatch import Dispatcher, dispatch_table
+from druvarpc.dispatch import Dispatcher
+from druvarpc.errors import CloseCode
+from druvarpc.handlers import dispatch_table
 from druvarpc.protocol import Connection, Limits
 from druvarpc.service import Service
-from druvarpc.session import Session
+from druvarpc.session import GOODBYE, Session
 from druvarpc.statistics import Statistics, Totals
 from druvarpc.transports import (
     Address,
@@ -63,9 +65,16 @@ class Server:
             session.core.drain()
             session.flush()
         with trio.move_on_after(timeout):
-            while self._sessions:
-                await self._changed.park()
+            await self._wait_for_sessions()
+        for session in self._sessions:
+            session.close(CloseCode.TIMEOUT, "its time for draining is up")
+        with trio.move_on_after(GOODBYE):
+            await self._wait_for_sessions()
         self._serving.cancel()
+
+    async def _wait_for_sessions(self) -> None:
+        while self._sessions:
+            await self._changed.park()
 
     async def run(
         self,

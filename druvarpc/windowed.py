@@ -19,9 +19,10 @@ from typing import Any, Final, TypeVar
 
 import trio
 
-from druvarpc.calls import Call, StubMethod, stub_method
+from druvarpc.calls import Call
 from druvarpc.service import Cardinality
 from druvarpc.session import closing
+from druvarpc.stubs import StubMethod, stub_method
 
 A = TypeVar("A")
 T = TypeVar("T")

@@ -114,6 +114,7 @@ async def test_a_drain_that_takes_too_long_cancels_what_still_runs():
             await settled(lambda: len(failed) == 1)
             assert workshop.cancelled == 1
     assert not failed[0].not_started
+    assert "time for draining is up" in failed[0].message
 
 
 async def test_drained_by_two_at_once():

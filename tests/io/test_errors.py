@@ -48,6 +48,12 @@ async def test_the_handlers_rpc_error_arrives_as_it_is(status, caplog):
     assert not records(caplog)
 
 
+async def test_a_handler_that_ran_was_started_whatever_its_own_calls_say():
+    error = await error_of(failing(RpcError(Status.UNAVAILABLE, "elsewhere", not_started=True)))
+    assert error.status is Status.UNAVAILABLE
+    assert not error.not_started
+
+
 @pytest.mark.parametrize("details", [None, 0, "", [], {}, False, 1.5, b"bytes", [None]])
 async def test_details_arrive_as_the_values_they_are(details):
     error = await error_of(failing(RpcError(Status.ABORTED, "", details)))
