@@ -54,6 +54,8 @@ class Callee:
     @property
     def deadline(self) -> float | None:
         """The earliest deadline of a call that is held."""
+        if not self._held:
+            return None
         return min(
             (call.deadline for call in self._held if call.deadline is not None), default=None
         )
@@ -91,7 +93,7 @@ class Callee:
             message = payload
         stream.final = reply_item(stream.id, None if message is not None else payload, outcome)
         if message is not None:
-            outflow.open(stream).push(message)
+            outflow.push(stream, message)
         if stream.outgoing is not None and stream.outgoing.messages:
             outflow.offer(stream)
         else:
@@ -241,8 +243,6 @@ class Callee:
         calls = decode_calls(frame.body, self._names, wire.accepted, now)
         first = frame.id
         wire.last_id += len(calls)
-        if wire.last_id > frames.MAX_ID:
-            raise RemoteProtocolError("ids above the last")
         if wire.sent_goaway is not None:
             wire.patience.charge(now)
             return

@@ -102,6 +102,7 @@ class Caller:
 
     def _abandon(self, stream: Stream) -> None:
         stream.abandoned = True
+        self._wire.outflow.close(stream)
         self._abandoned += 1
         # A server that takes no more calls must not make those that gave up waiting pile up here;
         # to look for each in the queue would cost the square of their number.
@@ -133,7 +134,6 @@ class Caller:
         refused = [call for id, call in self._wire.streams.items() if id > last]
         for call in refused:
             del self._wire.streams[call.id]
-            self._wire.outflow.close(call)
             self._wire.inflow.close(call, now)
             call.abandoned = call.state is State.RESET
         for queue in self._queues.values():
@@ -141,6 +141,7 @@ class Caller:
                 refused += [entry] if isinstance(entry, Stream) else entry
             queue.clear()
         for call in refused:
+            self._wire.outflow.close(call)
             call.state = State.CLOSED
         return [call for call in refused if not call.abandoned]
 
@@ -228,7 +229,8 @@ class Caller:
             raise LocalProtocolError(f"{call!r} isn't a new call")
         if not self._names.reserve(call.method):
             raise LocalProtocolError(f"{call.method!r:.80}: not a name, or one too many")
-        frames.check_outgoing_metadata(call.metadata, self._wire.peer.max_metadata)
+        if call.metadata:
+            frames.check_outgoing_metadata(call.metadata, self._wire.peer.max_metadata)
 
     # Frames from the server.
 

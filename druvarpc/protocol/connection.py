@@ -35,7 +35,6 @@ from druvarpc.protocol.events import (
 from druvarpc.protocol.frames import Buffer, Metadata, Role, Settings
 from druvarpc.protocol.limits import Limits
 from druvarpc.protocol.liveness import Liveness
-from druvarpc.protocol.outflow import HIGH_MARK
 from druvarpc.protocol.streams import Incoming, State, Stream
 from druvarpc.protocol.wire import Wire
 
@@ -361,6 +360,8 @@ class Connection:
             LocalProtocolError: it has been replied to, or the outcome can't be sent.
         """
         self._check_role(Role.SERVER)
+        if self._closing:
+            return  # nothing is sent, and no call that waited for this one may begin
         self._callee.reply(stream, payload, outcome, now, after_data=after_data)
 
     def send_metadata(self, stream: Stream, metadata: Metadata) -> None:
@@ -394,12 +395,10 @@ class Connection:
         """
         self._check_sending(stream)
         outflow = self._wire.outflow
-        outgoing = outflow.open(stream)
-        outgoing.push(message)
+        has_room = outflow.push(stream, message)
         if stream.id:
             outflow.offer(stream)
-        outgoing.congested = outgoing.congested or outgoing.queued >= HIGH_MARK
-        return not outgoing.congested
+        return has_room
 
     def take(self, stream: Stream, now: float) -> bytes | None:
         """Take the next message of a stream; credit for it goes back to the peer.

@@ -14,6 +14,8 @@ class Limits:
     that nobody reads, `memory` for growth and for large messages that are arriving, and
     `max_calls` times `max_inline` plus `stream_window`.
 
+    What waits to be sent to a peer that takes nothing is at most 16 MiB and one message a call.
+
     Attributes:
         max_calls: calls open at once; also the handlers running at once.
         max_club: calls in one club.

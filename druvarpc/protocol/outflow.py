@@ -20,7 +20,7 @@ from druvarpc.protocol.frames import (
     data_header,
 )
 from druvarpc.protocol.lanes import Lanes, Priority
-from druvarpc.protocol.streams import Outgoing, Stream
+from druvarpc.protocol.streams import Backlog, Outgoing, Stream
 from druvarpc.protocol.windows import SendWindow
 
 # Bounds the wait of a small call behind one piece of bulk: 64 KiB take 5 ms at 100 Mbit/s. Smaller
@@ -31,6 +31,9 @@ QUANTUM: Final = 64 * 1024
 LEAST_CUT: Final = 8 * 1024
 # Above the one, a sender is told to wait, below the other to go on.
 HIGH_MARK: Final = 256 * 1024
+# With so much in all streams together, each is told to wait whatever it has queued itself: a peer
+# that gives no credit pins this and a message for each call, not a high mark for each.
+ALL_HIGH_MARK: Final = 16 * 1024 * 1024
 LOW_MARK: Final = 64 * 1024
 
 
@@ -68,6 +71,7 @@ class Outflow:
         self._lanes: Lanes[Stream | Priority] = Lanes()
         self._has_club: set[Priority] = set()
         self._stalled: dict[Stream, None] = {}
+        self._backlog = Backlog()
 
     @property
     def ready(self) -> bool:
@@ -84,7 +88,7 @@ class Outflow:
     def open(self, stream: Stream) -> Outgoing:
         """Return the outgoing direction of a stream, made when first needed."""
         if stream.outgoing is None:
-            stream.outgoing = Outgoing(self._stream_window)
+            stream.outgoing = Outgoing(self._stream_window, self._backlog)
         return stream.outgoing
 
     def renew(self, stream: Stream) -> Outgoing:
@@ -99,6 +103,14 @@ class Outflow:
         if not outgoing.waiting and (outgoing.messages or outgoing.ending):
             outgoing.waiting = True
             self._lanes.add(stream, stream.lane)
+
+    def push(self, stream: Stream, message: Buffer) -> bool:
+        """Queue a message of a stream; return whether there is room for more."""
+        outgoing = self.open(stream)
+        outgoing.push(message)
+        if outgoing.queued >= HIGH_MARK or self._backlog.queued >= ALL_HIGH_MARK:
+            outgoing.congested = True
+        return not outgoing.congested
 
     def close(self, stream: Stream) -> None:
         """Forget what a stream had to send."""
@@ -143,7 +155,7 @@ class Outflow:
     @property
     def stalled_since(self) -> float | None:
         """When the stream that has waited longest for credit began to."""
-        return min(map(_since, self._stalled), default=None)
+        return min(map(_since, self._stalled)) if self._stalled else None
 
     def send(self, most: int, now: float) -> list[Buffer]:
         """Return what goes next, about `most` bytes of it."""

@@ -23,6 +23,9 @@ class State(Enum):
     RESET = auto()
     CLOSED = auto()
 
+    # Enum's own hashes the name, in Python, and the table is looked up several times a call.
+    __hash__ = object.__hash__
+
 
 class Input(Enum):
     """What moves a call on; UP is sent by the client, DOWN by the server."""
@@ -35,6 +38,8 @@ class Input(Enum):
     METADATA_DOWN = auto()
     DATA_DOWN = auto()
     REPLY_DOWN = auto()
+
+    __hash__ = object.__hash__
 
 
 # What is absent is illegal.
@@ -61,8 +66,21 @@ TRANSITIONS: Final = {
 }
 
 
+class Backlog:
+    """What the messages that wait in all streams of a connection take, in bytes."""
+
+    __slots__ = ("queued",)
+
+    def __init__(self) -> None:
+        self.queued = 0
+
+
 class Outgoing:
     """One direction of a stream, seen from its sender: messages that wait for their turn.
+
+    Args:
+        window: initial credit, in bytes.
+        backlog: where to count what waits, too.
 
     Attributes:
         window: credit of the stream.
@@ -75,6 +93,7 @@ class Outgoing:
     """
 
     __slots__ = (
+        "_backlog",
         "blocked",
         "congested",
         "ending",
@@ -86,7 +105,8 @@ class Outgoing:
         "window",
     )
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, backlog: Backlog) -> None:
+        self._backlog = backlog
         self.window = SendWindow(window)
         self.messages: deque[Buffer] = deque()
         self.offset = 0
@@ -105,7 +125,7 @@ class Outgoing:
     def push(self, message: Buffer) -> None:
         """Queue one message."""
         self.messages.append(message)
-        self.queued += len(message) + FRAME_COST
+        self._count(len(message) + FRAME_COST)
         self.started = True
 
     def push_first(self, message: Buffer) -> None:
@@ -120,17 +140,21 @@ class Outgoing:
         if size <= most:
             self.messages.popleft()
             self.offset = 0
-            self.queued -= size + FRAME_COST
+            self._count(-size - FRAME_COST)
             return (memoryview(message)[start:] if start else message), True
         self.offset += most
-        self.queued -= most
+        self._count(-most)
         return memoryview(message)[start : self.offset], False
 
     def drop(self) -> None:
         """Forget all that waits."""
         self.messages.clear()
-        self.queued = 0
+        self._count(-self.queued)
         self.ending = False
+
+    def _count(self, size: int) -> None:
+        self.queued += size
+        self._backlog.queued += size
 
 
 class Incoming:

@@ -1,4 +1,4 @@
-"""Random valid dialogues as bytes, and what a core makes of bytes in a form that can be compared."""
+"""Random valid dialogues as bytes, and what a core makes of bytes in a comparable form."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields

@@ -6,7 +6,7 @@ import msgpack
 import pytest
 
 from druvarpc.errors import LocalProtocolError, Status
-from druvarpc.protocol import Clubbing, Limits, Priority, Reference, Stream
+from druvarpc.protocol import Clubbing, Limits, Outcome, Priority, Reference, Stream
 from tests.protocol.pair import Pair
 
 pack = msgpack.packb
@@ -125,8 +125,6 @@ def test_a_call_that_needs_a_failed_one_never_runs_nor_do_those_that_need_it() -
     two = Pair()
     calls = [begin(), needs((0, 0)), needs((0, 1)), begin()]
     first, last = club(two, *calls)
-    from druvarpc.protocol import Outcome
-
     two.server.reply(first, two.now, None, Outcome(Status.NOT_FOUND))
     two.run()
     assert two.arrived() == []
@@ -167,7 +165,8 @@ def test_a_result_that_is_not_messagepack_is_no_argument() -> None:
 
 
 @pytest.mark.parametrize(
-    "payload", [pack([]), pack([7]), pack(7), b"\xc1", pack([None, {}])[:-1] + b"\x82\x01\x01\x01\x02"]
+    "payload",
+    [pack([]), pack([7]), pack(7), b"\xc1", pack([None, {}])[:-1] + b"\x82\x01\x01\x01\x02"],
 )
 def test_arguments_without_the_place_are_invalid(payload: bytes) -> None:
     two = Pair()
@@ -176,6 +175,46 @@ def test_arguments_without_the_place_are_invalid(payload: bytes) -> None:
     two.server.reply(first, two.now, pack(7))
     two.run()
     assert statuses_of_failed(two) == [(calls[1], Status.INVALID_ARGUMENT, True)]
+
+
+def test_arguments_keep_what_is_beside_the_place() -> None:
+    two = Pair()
+    arguments = [None, {"a": [1, {}], 2: b"x"}]
+    [first] = club(two, begin(), needs((0, 0), arguments=arguments))
+    two.server.reply(first, two.now, pack(7))
+    two.run()
+    [second] = two.arrived()
+    assert msgpack.unpackb(second.payload, strict_map_key=False) == [7, arguments[1]]
+
+
+def test_a_result_nested_as_deep_as_can_be_read_is_an_argument_or_fails_its_call() -> None:
+    """As an argument it is a level deeper, which may be too deep to write."""
+    two = Pair()
+
+    def ending(depth: int) -> Status | None:
+        calls = [begin(), needs((0, 0))]
+        [first] = club(two, *calls)
+        two.server.reply(first, two.now, b"\x91" * depth + b"\xc0")
+        two.run()
+        for second in two.arrived():
+            two.server.reply(second, two.now)
+        two.run()
+        two.client.take(calls[0], two.now)
+        two.run()
+        [outcome] = [outcome for call, _, outcome in two.replies() if call is calls[1]]
+        return outcome.status if outcome is not None else None
+
+    # How deep that is depends on Python, on the machine and on the stack of this test.
+    readable, unreadable = 100, 1_000_000
+    assert ending(unreadable) is Status.FAILED_PRECONDITION
+    while unreadable - readable > 1:
+        middle = (readable + unreadable) // 2
+        if ending(middle) is Status.FAILED_PRECONDITION:
+            unreadable = middle
+        else:
+            readable = middle
+    assert ending(100) is None
+    assert ending(readable) in (None, Status.INVALID_ARGUMENT)
 
 
 def test_resolved_arguments_are_no_longer_than_a_message() -> None:

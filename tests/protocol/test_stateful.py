@@ -477,7 +477,12 @@ class TwoCores(RuleBasedStateMachine):
             if not self.client.settled:
                 continue
             incoming, window = served.incoming, served.incoming.window
-            if call.replied or incoming.ended or served.state is not State.OPEN or mine.state is not State.OPEN:
+            if (
+                call.replied
+                or incoming.ended
+                or served.state is not State.OPEN
+                or mine.state is not State.OPEN
+            ):
                 continue
             kept = sum(message[2] for message in incoming.messages)
             kept += incoming.cost - incoming.advanced
