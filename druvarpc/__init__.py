@@ -17,6 +17,9 @@ from druvarpc.service import Service, rpc
 from druvarpc.statistics import Statistics
 from druvarpc.windowed import windowed
 
+# As an attribute too, without an import of its own.
+from druvarpc import testing as testing  # isort: skip
+
 __version__ = "0.1.0"
 
 __all__ = [

@@ -188,6 +188,8 @@ class Calls:
         if isinstance(event, RepliesReceived):
             for stream, payload, outcome in event.replies:
                 assert isinstance(stream, Call)
+                if stream not in self._active:
+                    continue  # given up while the reply was on its way from the core to here
                 self._end(stream)
                 if payload is not None:
                     self._take_result(stream, payload)

@@ -1,5 +1,6 @@
 """The client: a connection, and stubs of services on it."""
 
+import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, TypeVar
@@ -28,6 +29,7 @@ S = TypeVar("S", bound=Service)
 Metadata = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
 
 CONNECT_TIMEOUT: Final = 10.0
+PING_INTERVAL: Final = 0.001
 
 
 class Client:
@@ -42,6 +44,7 @@ class Client:
         self._calls = Calls(self._session, nursery, self._totals)
         self._pongs = trio.lowlevel.ParkingLot()
         self._last_pong = 0
+        self._next_ping = -math.inf
         self._settled = trio.Event()
         self._ended = trio.Event()
 
@@ -94,6 +97,10 @@ class Client:
         Raises:
             ConnectionLost: the connection has ended.
         """
+        # Not faster than a server takes for no abuse (docs/protocol.md, section 10).
+        now = trio.current_time()
+        self._next_ping = max(now, self._next_ping + PING_INTERVAL)
+        await trio.sleep_until(self._next_ping)
         start = trio.current_time()
         if not self._session.ended:
             id = self._session.core.ping(start)

@@ -217,6 +217,6 @@ class Club:
             )
         return RpcError(
             Status.INVALID_ARGUMENT,
-            f"{call.method}: refers to a call that is too far ahead to go out in the same frame",
+            f"{call.method}: refers to a call too far before it to go out in the same frame",
             not_started=True,
         )

@@ -79,6 +79,7 @@ class RpcError(Exception):
     ) -> None:
         if status == Status.OK:
             raise ValueError("an RpcError can't have the status OK")
+        message = str(message)  # of an exception, say, which is soon given here by mistake
         super().__init__(status, message, details)
         self.status = Status(status)
         self.message = message

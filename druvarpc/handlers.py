@@ -140,10 +140,16 @@ def failure_of(method: str, error: Exception, max_details: int) -> Outcome:
     whatever a call of its own says. Of any other exception the caller learns nothing; it is logged.
     """
     found = _rpc_error(error)
-    if found is None:
-        logger.error("%s: the handler failed", method, exc_info=error)
-        return Outcome(Status.INTERNAL, "the server failed")
-    return Outcome(found.status, found.message, _encode_details(method, found.details, max_details))
+    if found is not None:
+        try:
+            # A class derived from RpcError may have left out what its base sets, or changed it.
+            status, message = Status(found.status), str(found.message)
+            if status is not Status.OK:
+                return Outcome(status, message, _encode_details(method, found.details, max_details))
+        except Exception as malformed:
+            error = malformed
+    logger.error("%s: the handler failed", method, exc_info=error)
+    return Outcome(Status.INTERNAL, "the server failed")
 
 
 def _rpc_error(error: BaseException) -> RpcError | None:

@@ -53,6 +53,7 @@ class Server:
         """Stop accepting connections and calls, let those that run end, and stop serving.
 
         Clients are told which of their calls were accepted; the others they may send elsewhere.
+        A handler that waits for this waits for itself until the time is up.
         Cancelled, it leaves the server draining.
 
         Args:

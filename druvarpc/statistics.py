@@ -15,7 +15,7 @@ class Statistics:
         calls_started: since the beginning, as are the other sums.
         calls_active: begun and not ended.
         calls_failed: ended with another status than OK, or by a lost connection; calls that their
-            caller cancelled don't count.
+            caller abandoned, also because of its deadline, don't count.
         clubs_sent: frames of calls (by a client) or of replies (by a server), also of one alone.
         calls_clubbed: calls or replies that went out in a frame with others.
         bytes_sent: written to sockets.

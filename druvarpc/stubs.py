@@ -1,5 +1,6 @@
 """Stubs: objects with a service's methods, each of which makes a call."""
 
+import inspect
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
@@ -59,8 +60,13 @@ def make_stub(service: type[S], calls: Calls, options: Options) -> S:
     Raises:
         TypeError: an annotation of the service can't be resolved.
     """
+    kind: Any = service
+    if inspect.isabstract(service):
+        # A declaration may be abstract; what it calls is there.
+        kind = type(kind)(service.__name__, (service,), {})
+        kind.__abstractmethods__ = frozenset()
     # Not by calling the class: its constructor is the server's business.
-    stub = object.__new__(service)
+    stub: S = object.__new__(kind)
     for attribute, method in methods_of(service).items():
         object.__setattr__(stub, attribute, StubMethod(calls, method, options))
     return stub

@@ -230,7 +230,7 @@ async def open_transport(address: Address) -> Transport:
             stream = await trio.open_unix_socket(address.path)
         else:
             stream = await trio.open_tcp_stream(address.host, address.port)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnicodeError) as error:
         raise ConnectionLost(
             f"can't connect to {address}: {_reason(error)}", not_started=True
         ) from error

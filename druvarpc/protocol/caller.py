@@ -15,6 +15,7 @@ from druvarpc.protocol.clubs import (
     Clubbing,
     MethodNames,
     call_size,
+    cut_at,
     decode_replies,
     encode_calls,
     fits,
@@ -47,7 +48,7 @@ class Caller:
         self._clubbing = clubbing
         self._names = MethodNames()
         self._abandoned = 0
-        # A list is an explicit club, which isn't taken apart.
+        # A list is an explicit club; it is cut only where there is no room for all of it.
         self._queues: dict[Priority, deque[Stream | list[Stream]]] = {
             lane: deque() for lane in ORDER
         }
@@ -186,18 +187,31 @@ class Caller:
                 queue.popleft()
                 continue
             if isinstance(entry, list):
-                if not calls and len(entry) <= room:
-                    queue.popleft()
-                    for call in entry:
-                        call.inline = call.inline and _length(call) <= peer.max_inline
-                    return entry
-                break
+                return calls or self._take_club(queue, entry, room)
             entry.inline = _length(entry) <= peer.max_inline
             left -= call_size(entry)
             if len(calls) == most or (calls and left < 0):
                 break
             calls.append(entry)
             queue.popleft()
+        return calls
+
+    def _take_club(
+        self, queue: deque[Stream | list[Stream]], entry: list[Stream], room: int
+    ) -> list[Stream]:
+        """Take an explicit club off a queue: all of it, or as much as there is room for."""
+        size = cut_at(entry, room)
+        calls, rest = entry[:size], entry[size:]
+        if size:
+            queue.popleft()
+        if size and rest:
+            for call in rest:
+                call.references = tuple(
+                    reference._replace(call=reference.call - size) for reference in call.references
+                )
+            queue.appendleft(rest)
+        for call in calls:
+            call.inline = call.inline and _length(call) <= self._wire.peer.max_inline
         return calls
 
     def _open(self, call: Stream) -> None:

@@ -308,6 +308,21 @@ def fits(calls: Sequence[Stream], index: int) -> bool:
     )
 
 
+def cut_at(calls: Sequence[Stream], most: int) -> int:
+    """Return how many of a club's calls, at most `most`, may go ahead in a frame of their own.
+
+    None of those that stay may refer to one that goes.
+    """
+    size = len(calls)
+    lowest = size
+    while size > most or lowest < size:
+        size -= 1
+        if size <= 0:
+            return 0
+        lowest = min([lowest, *(reference.call for reference in calls[size].references)])
+    return size
+
+
 def call_size(call: Stream) -> int:
     """Return the bytes that a call takes in a frame, or a few more."""
     size = CALL_OVERHEAD + len(call.method)

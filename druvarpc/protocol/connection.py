@@ -170,7 +170,8 @@ class Connection:
         if self._wire.events:
             return self._wire.events.popleft()
         if self._error is not None:
-            raise self._error
+            # Each time without the traces of the times before, which would pile up.
+            raise self._error.with_traceback(None)
         return None
 
     # Bytes and time.

@@ -147,8 +147,8 @@ def summary(runs: dict[str, dict[str, Any]]) -> str:
         f" Of the same tree again, {again['wire_bytes'] / source:.2%} did;"
         f" of the changed one, {changed['wire_bytes'] / source:.2%}.\n"
         f"One call for each chunk asked for, each chunk put and each file would have been"
-        f" {single:,} calls;\nclubbed they were {first['calls']:,},"
-        f" in {first['round_trips']:,} frames."
+        f" {single:,} calls;\nbundled by the client they were {first['calls']:,}, and the library"
+        f" sent those in {first['round_trips']:,} frames."
     )
 
 

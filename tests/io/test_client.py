@@ -1,5 +1,6 @@
 """The block of a client: what goes in and what comes out."""
 
+import abc
 from contextlib import aclosing
 
 import pytest
@@ -13,6 +14,30 @@ from tests.io.services import ClosedGate, Gate, MemoryVault, Vault, served
 
 class Mine(Exception):
     pass
+
+
+class Abstract(druvarpc.Service, abc.ABC):
+    @druvarpc.rpc
+    @abc.abstractmethod
+    async def double(self, number: int) -> int: ...
+
+
+class Concrete(Abstract):
+    async def double(self, number: int) -> int:
+        return 2 * number
+
+
+async def test_an_abstract_service_has_stubs():
+    async with connected([Concrete()]) as client:
+        stub = client.stub(Abstract)
+        assert isinstance(stub, Abstract)
+        assert await stub.double(4) == 8
+
+
+async def test_pings_without_pause_are_no_abuse(autojump_clock):
+    async with connected([]) as client:
+        for _ in range(25_000):
+            await client.ping()
 
 
 async def test_an_exception_of_the_block_leaves_as_it_is(reach_plainly):

@@ -312,10 +312,10 @@ async def test_a_call_that_is_cancelled_before_it_is_sent_never_reaches_the_serv
     gate = ClosedGate()
     async with connected([gate, MemoryVault()]) as client:
         before = client.statistics().clubs_sent
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(client.stub(Gate).enter)
-            await trio.lowlevel.checkpoint()
-            nursery.cancel_scope.cancel()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.stub(Gate).enter()
+        assert scope.cancelled_caught
         await trio.testing.wait_all_tasks_blocked()
         assert client.statistics().clubs_sent == before
         assert await client.stub(Vault).add(1, 2) == 3

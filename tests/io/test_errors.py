@@ -48,6 +48,42 @@ async def test_the_handlers_rpc_error_arrives_as_it_is(status, caplog):
     assert not records(caplog)
 
 
+class Bare(RpcError):
+    """Leaves out what its base sets."""
+
+    def __init__(self) -> None:
+        Exception.__init__(self, "bare")
+
+
+class Odd(RpcError):
+    """Has no status that there is."""
+
+    def __init__(self) -> None:
+        super().__init__(Status.ABORTED)
+        self.status = "odd"  # type: ignore[assignment]
+
+
+class Fine(RpcError):
+    """Says that all is well."""
+
+    def __init__(self) -> None:
+        super().__init__(Status.ABORTED)
+        self.status = Status.OK
+
+
+@pytest.mark.parametrize("error", [Bare(), Odd(), Fine()])
+async def test_a_malformed_rpc_error_is_internal_and_logged(error, caplog):
+    found = await error_of(failing(error))
+    assert found.status is Status.INTERNAL
+    assert len(records(caplog)) == 1
+
+
+async def test_an_exception_given_as_message_is_its_text():
+    error = await error_of(failing(RpcError(Status.NOT_FOUND, KeyError("key"))))  # type: ignore[arg-type]
+    assert error.status is Status.NOT_FOUND
+    assert error.message == "'key'"
+
+
 async def test_a_handler_that_ran_was_started_whatever_its_own_calls_say():
     error = await error_of(failing(RpcError(Status.UNAVAILABLE, "elsewhere", not_started=True)))
     assert error.status is Status.UNAVAILABLE

@@ -68,6 +68,18 @@ async def test_a_result_above_the_message_limit_is_refused():
         assert await vault.add(1, 2) == 3
 
 
+@pytest.mark.parametrize("beyond", [1, 5, 100])
+async def test_a_result_a_little_above_the_message_limit_harms_nothing_else(beyond):
+    limits = druvarpc.Limits(max_message=65_536)
+    async with connected([MemoryVault()], limits=limits) as client:
+        vault = client.stub(Vault)
+        # Encoded, the bytes take three more than they are; data and reply come in one read.
+        with pytest.raises(druvarpc.RpcError) as caught:
+            await vault.echo(bytes(65_536 - 3 + beyond))
+        assert caught.value.status is druvarpc.Status.RESOURCE_EXHAUSTED
+        assert len(await vault.echo(bytes(65_536 - 3))) == 65_536 - 3
+
+
 async def test_keyword_arguments_and_defaults():
     async with connected([MemoryVault()]) as client:
         vault = client.stub(Vault)

@@ -50,16 +50,19 @@ def test_a_club_is_not_taken_apart_nor_joined() -> None:
     assert [len(event.calls) for event in two.server_events] == [1, 4, 1]
 
 
-def test_a_club_waits_until_there_is_room_for_all_of_it() -> None:
+def test_calls_that_need_each_other_wait_until_there_is_room_for_all() -> None:
     two = Pair(server_options={"limits": Limits(max_calls=64)})
     for _ in range(60):
         two.call()
     two.run()
     first = two.arrived()
-    assert club(two, *(begin() for _ in range(5))) == []
+    assert club(two, begin(), *(needs((0, 0)) for _ in range(4))) == []
     two.server.reply(first[0], two.now)
     two.run()
-    assert len(two.arrived()) == 5
+    [begun] = two.arrived()
+    two.server.reply(begun, two.now, pack(7))
+    two.run()
+    assert len(two.arrived()) == 4
 
 
 def test_an_argument_is_the_result_of_another_call() -> None:
@@ -355,3 +358,22 @@ def test_arguments_that_do_not_fit_in_the_frame_follow_as_data() -> None:
 def test_clubbing_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="makes no sense"):
         Clubbing(**options)
+
+
+def test_a_club_without_room_is_cut_where_no_call_needs_another() -> None:
+    two = Pair(server_options={"limits": Limits(max_calls=64, max_club=64)})
+    two.call("Vault.watch")
+    two.run()
+    two.arrived()
+    # 64 calls and 63 places; the last two need each other.
+    first = club(two, *(begin() for _ in range(62)), begin(), needs((0, 62)))
+    assert len(first) == 62
+    behind = two.call("Vault.put")
+    two.server.reply(first[0], two.now, pack(None))
+    two.run()
+    [begun] = two.arrived()
+    two.server.reply(begun, two.now, pack(7))
+    two.run()
+    [needing, later] = two.arrived()
+    assert msgpack.unpackb(needing.payload) == [7, None]
+    assert later.id == behind.id

@@ -13,7 +13,15 @@ from druvarpc.protocol import (
     Stream,
     Writable,
 )
-from druvarpc.protocol.frames import CREDIT, DATA, MAX_WINDOW, frame, pack
+from druvarpc.protocol.frames import (
+    CREDIT,
+    DATA,
+    HEADER_SIZE,
+    MAX_WINDOW,
+    decode_credits,
+    frame,
+    pack,
+)
 from druvarpc.protocol.windows import Budget, ReceiveWindow, SendWindow
 from tests.protocol.dialogue import frames
 from tests.protocol.pair import Pair
@@ -310,6 +318,32 @@ def test_who_waits_for_memory_goes_on_when_others_give_up() -> None:
     assert len(two.arrived()) == 2
 
 
+@pytest.mark.parametrize("waiting", [0, 1, 2, 3])
+def test_who_gives_up_waiting_for_memory_keeps_nobody_waiting(waiting: int) -> None:
+    two = Pair(server_options={"limits": Limits(memory=1, max_message=1_000_000)})
+    calls = [two.call(payload=bytes(900_000), more=True) for _ in range(4)]
+    for _ in range(16):
+        two.server.receive_data(b"".join(two.client.data_to_send(two.now, 1)), two.now)
+        two.client.receive_data(b"".join(two.server.data_to_send(two.now, 1)), two.now)
+    two.client.reset(calls[waiting], two.now)
+    two.run()
+    assert len(two.arrived()) == 3
+
+
+def test_no_credit_is_given_to_who_has_ended() -> None:
+    two = Pair()
+    _, yours = two.accept(payload=bytes(70_000))
+    mine = two.call(payload=bytes(70_000))
+    said = b"".join(two.client.data_to_send(two.now))
+    two.server.receive_data(said, two.now)
+    answer = b"".join(two.server.data_to_send(two.now))
+    credits = [
+        decode_credits(data[HEADER_SIZE:]) for kind, data in frames(answer) if kind == CREDIT
+    ]
+    assert [id for pairs in credits for id, _ in pairs if id] == []
+    assert (yours.id, mine.id) == (1, 2)
+
+
 def test_windows_grow_with_what_is_consumed_in_a_round_trip() -> None:
     two = Pair()
     mine, yours = two.accept(more=True)
@@ -382,6 +416,7 @@ def test_credit_for_a_call_that_has_ended_is_ignored() -> None:
 
 def test_credit_used_before_the_settings_counts() -> None:
     two = Pair(settled=False)
+    two.call()
     mine = two.call(more=True)
     two.client.send(mine, bytes(30_000))
     two.to_server()

@@ -253,6 +253,18 @@ def test_a_reply_for_a_call_that_was_given_back_is_a_breach() -> None:
         two.client.next_event()
 
 
+def test_data_of_a_call_that_was_given_back_hold_no_credit() -> None:
+    limits = Limits(connection_window=65_536, stream_window=65_536)
+    two = Pair({"limits": limits})
+    _, yours = two.accept()
+    two.server.send(yours, bytes(40_000))
+    two.run()
+    assert two.server.send_window == 65_536 - 40_064
+    two.client.receive_data(frame(GOAWAY, b"\x91\x00", id=0), two.now)
+    two.run()
+    assert two.server.send_window == 65_536
+
+
 def test_a_ping_is_answered_while_draining() -> None:
     two = Pair()
     two.accept()

@@ -67,7 +67,8 @@ def test_a_small_call_waits_for_one_quantum_at_most(
         if kind == CALLS:
             break
         sent += size
-    assert sent <= QUANTUM + HEADER_SIZE
+    # Tiny messages of a lane that is overdue may go ahead of its quantum, an eighth at most.
+    assert sent <= (QUANTUM + HEADER_SIZE) * 9 / 8
 
 
 @pytest.mark.parametrize("size", [100, 9_000, QUANTUM, 2**20])
