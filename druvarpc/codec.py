@@ -25,6 +25,7 @@ from msgspec import UNSET, UnsetType, inspect
 from msgspec.structs import astuple
 
 from druvarpc.errors import RpcError, Status
+from druvarpc.unions import Choice, choose, expand_alias, replace_unions
 
 __all__ = [
     "ENCODE_ERRORS",
@@ -33,7 +34,6 @@ __all__ = [
     "caller_encoder",
     "contains_map",
     "encode_message",
-    "expand_alias",
     "item_codec",
     "message_decoder",
     "printable",
@@ -68,14 +68,6 @@ def printable(text: str) -> str:
 # --- what a type can hold ---
 
 
-def expand_alias(annotation: Any) -> Any:
-    """The type that `type X = …` stands for; any other annotation as it is."""
-    # By name, because the class came with Python 3.12.
-    while type(annotation).__name__ == "TypeAliasType":
-        annotation = annotation.__value__
-    return annotation
-
-
 # Nodes that are or admit a map. CustomType is `object` here: contains_map refuses all others.
 _OPEN_TYPES = (inspect.AnyType, inspect.RawType, inspect.DictType, inspect.CustomType)
 
@@ -87,7 +79,8 @@ def contains_map(annotation: object) -> bool:
         TypeError: the type, or one inside it, can't be converted.
         NameError: an annotation inside it can't be resolved (yet).
     """
-    nodes = list(_nodes(inspect.type_info(annotation)))
+    # A choice holds what its members hold, which are nodes too.
+    nodes = [n for n in _nodes(inspect.type_info(replace_unions(annotation))) if not _is_choice(n)]
     for node in nodes:
         if isinstance(node, inspect.CustomType) and node.cls not in {object, UnsetType}:
             raise TypeError(f"{node.cls.__name__} can't be converted to MessagePack")
@@ -95,6 +88,10 @@ def contains_map(annotation: object) -> bool:
         if isinstance(node, inspect.DictType) and any(map(_is_record, _nodes(node.key_type))):
             raise TypeError("a dict whose keys are records can't be converted to MessagePack")
     return any(isinstance(node, _OPEN_TYPES) or _is_record(node) for node in nodes)
+
+
+def _is_choice(node: inspect.Type) -> bool:
+    return isinstance(node, inspect.CustomType) and isinstance(node.cls, Choice)
 
 
 def _is_record(node: inspect.Type) -> bool:
@@ -122,6 +119,8 @@ def _children(node: inspect.Type) -> Sequence[inspect.Type]:
             return (node.type,)
         case inspect.UnionType():
             return node.types
+        case inspect.CustomType() if isinstance(node.cls, Choice):
+            return node.cls.nodes
         case inspect.DictType():
             return (node.key_type, node.value_type)
         case inspect.TupleType():
@@ -183,7 +182,7 @@ def _buffer_kind(annotation: Any) -> type | None:
         and getattr(annotation, "__name__", None) == "Buffer"
     ):
         return bytes
-    match inspect.type_info(annotation):
+    match inspect.type_info(replace_unions(annotation)):
         case inspect.BytesType(min_length=None, max_length=None):
             return bytes
         case inspect.ByteArrayType(min_length=None, max_length=None):
@@ -216,7 +215,7 @@ def caller_encoder(encode: Callable[[object], bytes], label: str) -> Callable[[o
 
 def message_decoder(annotation: Any, label: str) -> Callable[[bytes], Any]:
     """A decoder of one value; errors call it by the label: "Vault.put: result"."""
-    return _decoder(annotation, label, lambda path: label + path)
+    return _decoder(replace_unions(annotation), label, lambda path: label + path)
 
 
 def item_codec(
@@ -250,7 +249,7 @@ def arguments_decoder(
     # against its type, so that UNSET marks what was left out of the array's end; it can't come
     # from the wire.
     fields: list[Any] = [
-        (f"p{i}", annotation, UNSET) if optional else (f"p{i}", annotation)
+        (f"p{i}", replace_unions(annotation), *([UNSET] if optional else []))
         for i, (_, annotation, optional) in enumerate(parameters)
     ]
     struct = msgspec.defstruct("Arguments", fields, array_like=True, forbid_unknown_fields=True)
@@ -266,7 +265,10 @@ def arguments_decoder(
 
 
 def _decoder(annotation: Any, label: str, locate: Callable[[str], str]) -> Callable[[bytes], Any]:
-    decode = msgspec.msgpack.Decoder(annotation).decode
+    # Not without need: msgspec would call it for every `object` too.
+    has_choices = any(map(_is_choice, _nodes(inspect.type_info(annotation))))
+    hook = choose if has_choices else None
+    decode = msgspec.msgpack.Decoder(annotation, dec_hook=hook).decode
     has_maps = contains_map(annotation)
 
     def decode_checked(data: bytes) -> Any:

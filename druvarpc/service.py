@@ -12,7 +12,9 @@ bear that name, and where it marks an override with `rpc`, that signature counts
 `rpc` on an override says nothing new.
 
 *Annotations* are read when the class is defined. Where a name is not known yet (a forward
-reference), the row waits, and `methods_of` reads it again or raises TypeError.
+reference), the row waits, and `methods_of` reads it again or raises TypeError. A union may have any
+members, also several dataclasses (see `druvarpc.unions` for which one a value becomes), except in
+the field of a dataclass, where it needs to be one that msgspec can tell apart: else TypeError.
 
 *Implemented or not.* A method marked with `rpc` whose body is empty, or only raises
 NotImplementedError, is a declaration; everything else is an implementation, be it an override or a

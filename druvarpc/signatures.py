@@ -17,7 +17,8 @@ from collections.abc import (
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from druvarpc.codec import buffer_decoder, contains_map, expand_alias
+from druvarpc.codec import buffer_decoder, contains_map
+from druvarpc.unions import expand_alias
 
 __all__ = ["Parameter", "Shape", "is_declaration", "read_shape", "visible_names"]
 

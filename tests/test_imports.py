@@ -29,6 +29,7 @@ LAYERS = (
     "protocol.caller protocol.callee",
     "protocol.connection",
     "protocol",  # its __init__, which re-exports
+    "unions",
     "codec",
     "signatures",
     "service",

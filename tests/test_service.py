@@ -388,7 +388,18 @@ async def two_streams(
 ) -> None: ...
 
 
-async def ambiguous_union(self: Service, value: Chunk | Even) -> None: ...
+@dataclasses.dataclass
+class Ambiguous:
+    either: Chunk | Even
+
+
+async def ambiguous_field(self: Service, value: list[Ambiguous]) -> None: ...
+
+
+async def custom_member(self: Service, value: Chunk | Even | range) -> None: ...
+
+
+async def choice_of_keys(self: Service, value: dict[Chunk | Even, int]) -> None: ...
 
 
 async def record_keys(self: Service, value: dict[Chunk, int]) -> None: ...
@@ -414,7 +425,9 @@ async def bad_annotation(self: Service, value: "1 +") -> None: ...  # type: igno
         (stream_default, "parameter value: is a stream, which can't have a default"),
         (nested_stream, "parameter value: AsyncIterator can't be converted"),
         (two_streams, "parameter value: is a second stream"),
-        (ambiguous_union, "parameter value: Type unions may not contain more than one dataclass"),
+        (ambiguous_field, "parameter value: Type unions may not contain more than one dataclass"),
+        (custom_member, "parameter value: range can't be converted"),
+        (choice_of_keys, "parameter value: a dict whose keys are records"),
         (record_keys, "parameter value: a dict whose keys are records"),
         (bad_annotation, "an annotation can't be evaluated"),
     ],
