@@ -62,12 +62,11 @@ def write(kept: dict[str, dict[str, Any]]) -> None:
     whole = "\n\n".join(report(name, one) for name, one in kept.items())
     first = [
         f"**{question(name).title}.** {question(name).what}\n\n"
-        f"{question(name).first_table(one['results'])}"
+        f"{question(name).first_table(one['results'])}\n\n"
+        f"{sentence(one['environment'])}"
         for name, one in kept.items()
         if question(name).headline
     ]
-    if first:
-        first.append(sentence(next(iter(kept.values()))["environment"]))
     blocks = {HERE / "README.md": whole, HERE.parent / "README.md": "\n\n".join(first)}
     for path, text in blocks.items():
         done = "tables written" if replace_block(path, text) else "no markers, left as it is"
