@@ -1,18 +1,18 @@
 """Calls as their callers see them: started, waited for, failed, abandoned.
 
-A unary call costs neither a task nor a scope: the caller's own task sleeps until the reply's event
-wakes it, and when it is cancelled instead, the call is reset. A streaming call has a `Pipe`; only a
-bidirectional one needs a task of its own, in the client's nursery, that sends while its caller
-receives.
+A unary call (`druvarpc.stubs`) costs neither a task nor a scope: the caller's own task sleeps until
+the reply's event wakes it, and when it is cancelled instead, the call is reset. A streaming call
+has a `Pipe`; only a bidirectional one needs a task of its own, in the client's nursery, that sends
+while its caller receives.
 """
 
 import math
-from collections.abc import AsyncGenerator, AsyncIterable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from typing import Any, Final
 
 import msgspec
 import trio
-from trio.lowlevel import Abort, RaiseCancelT, Task
+from trio.lowlevel import Abort, RaiseCancelT, Task, reschedule
 
 from druvarpc.codec import printable
 from druvarpc.errors import ConnectionLost, LocalProtocolError, RpcError, Status
@@ -90,11 +90,16 @@ class Call(Stream):
         """Whether the call has ended otherwise than with OK."""
         return self.error is not None or (self.outcome is not None and self.outcome.status != 0)
 
+    @property
+    def plain(self) -> bool:
+        """Whether the reply is nothing but a result, which came in one piece with it."""
+        return self.outcome is None and self.error is None and self.incoming is None
+
     def finish(self) -> None:
         """Note that the call is done, and wake who waits for it."""
         self.done = True
         if self.task is not None:
-            trio.lowlevel.reschedule(self.task)
+            reschedule(self.task)
             self.task = None
         if self.pipe is not None:
             self.pipe.readable()
@@ -135,32 +140,40 @@ class Calls:
             error.not_started = True
             raise error
 
-    def submit(self, *calls: Call, club: bool = False) -> None:
-        """Send calls; as one club, if that is asked for.
+    def submit(self, call: Call) -> None:
+        """Send a call.
 
         Raises:
             ConnectionLost: the connection has ended or takes no more calls.
-            RpcError: INVALID_ARGUMENT, the calls can't be sent.
+            RpcError: INVALID_ARGUMENT, the call can't be sent.
         """
-        self.check_open()
         session = self.session
+        if session.ended:
+            self.check_open()
         try:
-            if club:
-                session.core.club(calls)
-            else:
-                for call in calls:
-                    session.core.call(call, trio.current_time())
+            session.core.call(call, session.now())
+        except LocalProtocolError as error:
+            self.check_open()
+            raise RpcError(Status.INVALID_ARGUMENT, str(error)) from error
+        self._active[call] = None
+        self._totals.calls_started += 1
+        session.flush()
+
+    def submit_club(self, calls: Sequence[Call]) -> None:
+        """Send calls as one club; see `submit`."""
+        self.check_open()
+        try:
+            self.session.core.club(calls)
         except LocalProtocolError as error:
             raise RpcError(Status.INVALID_ARGUMENT, str(error)) from error
-        for call in calls:
-            self._active[call] = None
+        self._active |= dict.fromkeys(calls)
         self._totals.calls_started += len(calls)
-        self._totals.calls_active += len(calls)
-        session.flush()
+        self.session.flush()
 
     def abandon(self, call: Call) -> None:
         """Reset a call if it hasn't ended, and drop what hasn't been read of it."""
-        session, now = self.session, trio.current_time()
+        session = self.session
+        now = session.now()
         if call in self._active:
             self._end(call)
         if session.ended:
@@ -186,18 +199,7 @@ class Calls:
     def handle(self, event: Event) -> None:
         """Do what an event of the connection's demands."""
         if isinstance(event, RepliesReceived):
-            for stream, payload, outcome in event.replies:
-                assert isinstance(stream, Call)
-                if stream not in self._active:
-                    continue  # given up while the reply was on its way from the core to here
-                self._end(stream)
-                if payload is not None:
-                    self._take_result(stream, payload)
-                if outcome is not None:
-                    stream.outcome = outcome
-                    if outcome.status:
-                        self._totals.calls_failed += 1
-                stream.finish()
+            self._end_all(event.replies)
         elif isinstance(event, Readable):
             self._readable(event.stream)
         elif isinstance(event, Writable):
@@ -219,6 +221,24 @@ class Calls:
             )
             self.abandon(event.stream)
 
+    def _end_all(self, replies: Sequence[tuple[Stream, bytes | None, Outcome | None]]) -> None:
+        active, totals = self._active, self._totals
+        for call, payload, outcome in replies:
+            assert isinstance(call, Call)
+            if call not in active:
+                continue  # given up while the reply was on its way from the core to here
+            del active[call]
+            totals.calls_ended += 1
+            if call.result is None:
+                call.result = payload
+            elif payload is not None:
+                self._take_result(call, payload)
+            if outcome is not None:
+                call.outcome = outcome
+                if outcome.status:
+                    totals.calls_failed += 1
+            call.finish()
+
     def _readable(self, call: Stream) -> None:
         assert isinstance(call, Call)
         if not call.single:
@@ -227,7 +247,7 @@ class Calls:
             return
         # At once, whether or not anybody waits for it: held in the core it would keep the credit
         # that other calls need to end.
-        while (message := self.session.core.take(call, trio.current_time())) is not None:
+        while (message := self.session.core.take(call, self.session.now())) is not None:
             self._take_result(call, message)
         if self.session.core.incoming(call).too_long:
             # Its reply won't come: the server waits for credit that isn't given any more.
@@ -256,7 +276,7 @@ class Calls:
         outcome = call.outcome
         if outcome is None or not outcome.status:
             return
-        near = call.deadline is not None and call.deadline - trio.current_time() < _SAME_DEADLINE
+        near = call.deadline is not None and call.deadline - self.session.now() < _SAME_DEADLINE
         if outcome.status == Status.DEADLINE_EXCEEDED and near:
             assert call.deadline is not None
             await trio.sleep_until(call.deadline)
@@ -275,20 +295,18 @@ class Calls:
         if call.incoming is not None:
             self.abandon(call)
         if call.result is None:
-            raise RpcError(Status.INTERNAL, f"{call.method}: a reply without a result")
+            raise self.without_result(call)
         return call.result
+
+    def without_result(self, call: Call) -> RpcError:
+        """Return the error of a reply that brings neither a result nor a failure."""
+        return RpcError(Status.INTERNAL, f"{call.method}: a reply without a result")
 
     def _end(self, call: Call) -> None:
         del self._active[call]
-        self._totals.calls_active -= 1
+        self._totals.calls_ended += 1
 
-    # The four cardinalities.
-
-    async def unary(self, method: Method, options: "Options", payload: bytes) -> Any:
-        """Make a unary call."""
-        call = Call(self, method.name, payload, lane=options.lane, metadata=options.metadata)
-        self.submit(call)
-        return method.decode_result(await self.result(call))
+    # The cardinalities with a stream.
 
     async def upload(
         self, method: Method, options: "Options", payload: bytes, source: AsyncIterable[Any]

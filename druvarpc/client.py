@@ -119,7 +119,10 @@ class Client:
     async def run(self) -> None:
         """Serve the connection until it ends."""
         try:
-            await self._session.run()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._session.read_all)
+                await self._session.run()
+                nursery.cancel_scope.cancel()
         finally:
             self._totals.add(self._session)
             self._ended.set()

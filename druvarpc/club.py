@@ -7,8 +7,8 @@ from druvarpc.calls import Call, Calls
 from druvarpc.errors import RpcError, Status
 from druvarpc.protocol import Reference
 from druvarpc.protocol.clubs import MAX_PATH, MAX_REFERENCES
-from druvarpc.service import Cardinality, Method
-from druvarpc.stubs import stub_method
+from druvarpc.service import Method
+from druvarpc.stubs import unary_method
 
 T = TypeVar("T")
 
@@ -136,10 +136,8 @@ class Club:
         """
         if self.closed:
             raise RuntimeError("the club's block has ended")
-        stub = stub_method(method)
+        stub = unary_method(method, "club")
         row = stub.method
-        if row.cardinality is not Cardinality.UNARY_UNARY:
-            raise TypeError(f"{row.name} streams; a club is of unary calls")
         if stub.calls is not self._calls:
             raise ValueError(f"{stub!r} belongs to another client")
         arguments, _ = row.bind(args, kwargs)
@@ -202,7 +200,7 @@ class Club:
         for _, call in part:
             call.lane = part[0][1].lane
         try:
-            self._calls.submit(*(call for _, call in part), club=True)
+            self._calls.submit_club([call for _, call in part])
         except RpcError as error:
             for reply, _ in part:
                 reply.fail(error)

@@ -1,9 +1,11 @@
-"""One connection's calls on the server: a pool of tasks that runs their handlers.
+"""One connection's calls on the server: a pool of tasks that reads them and runs their handlers.
 
-Calls wait in a queue and are taken by workers. A worker runs one handler after the other without
-giving up its turn as long as they don't block; before it begins one it sees to it that another
-worker has been woken if calls still wait, so that a handler that blocks delays nobody. Quick
-handlers therefore cost no task and no switch each, and each that blocks has a task.
+The tasks are leader and followers (Schmidt and others, "Leader/Followers", 2000). The leader reads
+from the connection, runs the handlers of the calls that have come one after the other, writes all
+their replies at once and reads on. A handler that doesn't block costs no task and no switch. When
+one blocks, its task wakes a successor, which goes on with the other calls and leads from then on;
+so a handler that blocks delays nobody. A task whose handler has ended follows: it waits to be the
+successor of one whose handler blocks.
 
 A worker runs its handlers in one cancel scope, whose deadline is that of the call; once that scope
 has been cancelled, for a call's sake, the worker makes another. Each handler runs in a copy of the
@@ -22,7 +24,7 @@ from trio.lowlevel import Abort, RaiseCancelT, Task
 
 from druvarpc.codec import printable
 from druvarpc.errors import LocalProtocolError, Status
-from druvarpc.handlers import Entry, Requests, failure_of, run_for
+from druvarpc.handlers import Entry, Requests, Run, failure_of
 from druvarpc.protocol import (
     CallsReceived,
     Connection,
@@ -43,6 +45,9 @@ from druvarpc.transports import Transport
 
 logger = logging.getLogger("druvarpc")
 
+# Replies that wait for the handlers of calls which came with them. With some on their way, the
+# client works at the same time; with fewer, system calls cost more than that gains.
+BATCH: Final = 64
 # Tasks that a connection keeps for the next calls; a task more or less costs some 10 µs.
 MAX_IDLE: Final = 8
 
@@ -101,21 +106,21 @@ class Dispatcher:
         self._queue: deque[Stream] = deque()
         self._workers: dict[_Worker, None] = {}
         self._idle: list[Task] = []
-        self._waking = False
+        self._waking = False  # a successor is on its way
+        self._led = False  # a worker reads
         self._active = 0
 
     def forget(self) -> None:
         """Count the calls that have ended with the connection: they get no reply."""
-        self._totals.calls_active -= self._active
+        self._totals.calls_ended += self._active
         self._totals.calls_failed += self._active
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, CallsReceived):
             self._totals.calls_started += len(event.calls)
-            self._totals.calls_active += len(event.calls)
             self._active += len(event.calls)
+            # They come of what a worker does, reading or replying; it goes on with the queue.
             self._queue.extend(event.calls)
-            self._wake()
         elif isinstance(event, ResetReceived):
             self._stop(event.stream, Outcome(Status.CANCELLED))
         elif isinstance(event, Stalled):
@@ -156,9 +161,10 @@ class Dispatcher:
         if self._idle:
             trio.lowlevel.reschedule(self._idle.pop())
         else:
-            self._nursery.start_soon(self._work)
+            self._nursery.start_soon(self.work)
 
-    async def _work(self) -> None:
+    async def work(self) -> None:
+        """Be a worker, as long as there is something to do or few others are idle."""
         self._waking = False
         worker = _Worker()
         self._workers[worker] = None
@@ -174,64 +180,92 @@ class Dispatcher:
         del self._workers[worker]
 
     async def _run_calls(self, worker: _Worker) -> bool:
-        """Run what is in the queue; return whether there is more to do, in a new scope."""
+        """Run calls and lead, by turns; return whether there is more to do, in a new scope."""
         queue = self._queue
         while True:
-            while not queue:
-                if len(self._idle) >= MAX_IDLE:
-                    return False
-                task = trio.lowlevel.current_task()
-                self._idle.append(task)
-                await trio.lowlevel.wait_task_rescheduled(partial(self._leave, task))
-                self._waking = False
-            call = queue.popleft()
-            if queue:
-                self._wake()
-            if call.final is not None or call.state not in (State.OPEN, State.CALLED):
+            begun = 0
+            while queue:
+                begun += 1
+                if begun % BATCH == 0:
+                    self.session.write()
+                call = queue.popleft()
+                if call.final is not None or call.state not in (State.OPEN, State.CALLED):
+                    continue
+                run = self._begin(worker, call)
+                if run is not None:
+                    if queue or not self._led:
+                        self._wake()
+                    await self._finish(worker, run)
+                if call.deadline is not None or worker.stopped is not None:
+                    worker.scope.deadline = math.inf
+                    if worker.scope.cancel_called:
+                        return True
+            if not self._led:
+                self._led = True
+                try:
+                    self.session.write()
+                    if not await self.session.read():
+                        return False
+                finally:
+                    self._led = False
                 continue
-            await self._run_call(worker, call)
-            if worker.stopped is not None or (
-                call.deadline is not None and worker.scope.cancel_called
-            ):
-                return True
+            self.session.flush()
+            if len(self._idle) >= MAX_IDLE:
+                return False
+            task = trio.lowlevel.current_task()
+            self._idle.append(task)
+            await trio.lowlevel.wait_task_rescheduled(partial(self._leave, task))
+            self._waking = False
 
     def _leave(self, task: Task, _: RaiseCancelT) -> Abort:
         if task in self._idle:
             self._idle.remove(task)
         return Abort.SUCCEEDED
 
-    async def _run_call(self, worker: _Worker, call: Stream) -> None:
+    def _begin(self, worker: _Worker, call: Stream) -> Run[bytes | None] | None:
+        """Begin a call; return what runs on if the handler blocks."""
         worker.call = call
         call.token = worker
         if call.deadline is not None:
-            if call.deadline <= trio.current_time():
+            if call.deadline <= self.session.now():
                 late = Outcome(Status.DEADLINE_EXCEEDED, "the deadline passed", not_started=True)
                 self._end(worker, call, None, late)
-                return
+                return None
             worker.scope.deadline = call.deadline
         entry = self._table.get(call.method)
         if entry is None or entry.handler is None:
             outcome = Outcome(Status.UNIMPLEMENTED, f"{call.method} is not implemented")
             self._end(worker, call, None, outcome)
+            return None
+        run = Run(call, self.session.transport.peer, self._answer(worker, entry, call))
+        try:
+            run.start()
+        except StopIteration as stop:
+            self._end(worker, call, stop.value, None)
+        except Exception as error:
+            self._failed(worker, error)
         else:
-            try:
-                payload = await run_for(
-                    call, self.session.transport.peer, self._answer(worker, entry, call)
-                )
-            except Exception as error:
-                self._failed(worker, error)
-            except BaseExceptionGroup as group:
-                # Cancelled beside what tasks of the handler raised in their cleanup. That ends
-                # here: in the pool's nursery it would end the server.
-                errors, rest = group.split(Exception)
-                if errors is not None:
-                    self._failed(worker, errors)
-                assert rest is not None, "a group of Exceptions alone is one itself"
-                raise rest from None
-            else:
-                self._end(worker, call, payload, None)
-        if call.deadline is not None:
-            worker.scope.deadline = math.inf
+            return run
+        return None
+
+    async def _finish(self, worker: _Worker, run: Run[bytes | None]) -> None:
+        """Run a call whose handler has blocked to its end."""
+        call = worker.call
+        assert call is not None
+        try:
+            payload = await run.finish()
+        except Exception as error:
+            self._failed(worker, error)
+        except BaseExceptionGroup as group:
+            # Cancelled beside what tasks of the handler raised in their cleanup. That ends here: in
+            # the pool's nursery it would end the server.
+            errors, rest = group.split(Exception)
+            if errors is not None:
+                self._failed(worker, errors)
+            assert rest is not None, "a group of Exceptions alone is one itself"
+            raise rest from None
+        else:
+            self._end(worker, call, payload, None)
 
     async def _answer(self, worker: _Worker, entry: Entry, call: Stream) -> bytes | None:
         """Run a handler; return the payload of the reply, None for a streaming method."""
@@ -287,14 +321,15 @@ class Dispatcher:
         if self.session.ended:
             return
         self._active -= 1
-        self._totals.calls_active -= 1
+        self._totals.calls_ended += 1
         if outcome is not None and outcome.status and call.state is not State.RESET:
             self._totals.calls_failed += 1
-        now = trio.current_time()
+        now = self.session.now()
         try:
             self._core.reply(call, now, payload, outcome, after_data=after_data)
         except LocalProtocolError as error:
             logger.error("%s: the reply can't be sent: %s", call.method, error)  # noqa: TRY400 - no traceback of ours
             self._core.reply(call, now, None, Outcome(Status.INTERNAL, "the server failed"))
-        # Calls of a club that waited for this one may be ready.
-        self.session.handle_events()
+        if call.club is not None:
+            # Others that waited for this one may be ready.
+            self.session.handle_events()

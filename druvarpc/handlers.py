@@ -5,16 +5,15 @@ import math
 import types
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
     Coroutine,
     Generator,
     Mapping,
     Sequence,
 )
-from contextvars import Context, ContextVar, copy_context
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
@@ -69,27 +68,42 @@ def current_call() -> CurrentCall:
     )
 
 
-def run_for(call: Stream, peer: str, coroutine: Coroutine[Any, Any, T]) -> Awaitable[T]:
-    """Await a coroutine in a context of its own, in which `call` is the current call."""
-    context = copy_context()
-    context.run(_current.set, (call, peer))
-    return _in_context(context, coroutine)
+class Run(Generic[T]):
+    """A coroutine that runs in a context of its own, in which `call` is the current call.
 
+    Its first step is taken without awaiting, so that a handler that doesn't block costs no more.
+    """
 
-@types.coroutine
-def _in_context(context: Context, coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
-    try:
-        trap = context.run(coroutine.send, None)
-        while True:
-            try:
-                value = yield trap
-            except BaseException as error:
-                trap = context.run(coroutine.throw, error)
-            else:
-                trap = context.run(coroutine.send, value)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
+    __slots__ = ("_context", "_coroutine", "_trap")
+
+    def __init__(self, call: Stream, peer: str, coroutine: Coroutine[Any, Any, T]) -> None:
+        self._context = copy_context()
+        self._context.run(_current.set, (call, peer))
+        self._coroutine = coroutine
+
+    def start(self) -> None:
+        """Run until the coroutine blocks; the rest is done by `finish`, in the same task.
+
+        Raises:
+            StopIteration: it has ended, with this value.
+        """
+        self._trap = self._context.run(self._coroutine.send, None)
+
+    @types.coroutine
+    def finish(self) -> Generator[Any, Any, T]:
+        """Await the rest of a coroutine that has blocked."""
+        run, coroutine, trap = self._context.run, self._coroutine, self._trap
+        try:
+            while True:
+                try:
+                    value = yield trap
+                except BaseException as error:
+                    trap = run(coroutine.throw, error)
+                else:
+                    trap = run(coroutine.send, value)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,7 @@ class Server:
             try:
                 if self._draining:
                     core.drain()
+                nursery.start_soon(dispatcher.work)
                 await session.run()
             finally:
                 del self._sessions[session]

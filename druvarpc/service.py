@@ -161,8 +161,13 @@ class Method:
             TypeError: the method can't be called with these arguments.
             RpcError: INVALID_ARGUMENT, an argument can't be encoded.
         """
-        arguments, stream = self.bind(args, kwargs)
-        return self.encode_arguments(arguments), stream
+        stream = None
+        if kwargs or self.stream_position is not None or len(args) != self._total:
+            args, stream = self.bind(args, kwargs)
+        try:
+            return encode_message(args), stream
+        except ENCODE_ERRORS:
+            return self.encode_arguments(args), stream  # which says what was wrong
 
     def bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -1,16 +1,24 @@
-"""One connection under trio: one task reads, one writes, one keeps time.
+"""One connection under trio: any task writes, one reads, one keeps time.
 
 The protocol is in the core (`druvarpc.protocol`); here its bytes meet a transport and its events
-meet tasks. Nobody but the writer writes; whoever gave the core something to send calls `flush`,
-which wakes the writer if it sleeps. A woken task runs after all the tasks that can run now, so that
-what they submit until then goes out in one write.
+meet tasks.
+
+*Writing.* Two ways. `flush` is for tasks whose like may have something to send in this very turn of
+the event loop: what all of them submit goes out together, after the last of them, in one write by
+the task of `run`. `write` is for who knows that nothing is to be gained by waiting: it writes at
+once, as far as the transport takes it without waiting; what it doesn't take waits in `_unsent` for
+the task of `run`, and until that has gone nobody else writes. A write never waits, so that a
+cancelled task can't leave half of one behind.
+
+*Reading.* Whoever calls `read` reads: on a client a task of its own, on a server the task that runs
+the handlers (`druvarpc.dispatch`).
 
 `Pipe` is the data of one stream as tasks see it: `send` and `receive` that wait.
 """
 
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
@@ -81,6 +89,7 @@ class Session:
         on_end: called once, when no more events will come; nor may this raise.
 
     Attributes:
+        now: tells trio's time, in seconds.
         failure: why the connection ended before its time; None while it runs, and if it was closed
             in good order.
         ended: no more events will come, though the last GOAWAY may still be on its way.
@@ -88,6 +97,27 @@ class Session:
         bytes_sent: written to the transport.
         bytes_received: read from it.
     """
+
+    __slots__ = (
+        "_goodbye_at",
+        "_handle",
+        "_handling",
+        "_on_end",
+        "_parted",
+        "_scope",
+        "_sleeping",
+        "_timer",
+        "_unsent",
+        "_write_began",
+        "bytes_received",
+        "bytes_sent",
+        "core",
+        "ended",
+        "failure",
+        "now",
+        "reason",
+        "transport",
+    )
 
     def __init__(
         self,
@@ -98,6 +128,7 @@ class Session:
     ) -> None:
         self.core = core
         self.transport = transport
+        self.now = trio.lowlevel.current_clock().current_time
         self.failure: ConnectionLost | None = None
         self.ended = False
         self.reason = "the connection is closed"
@@ -106,26 +137,22 @@ class Session:
         self._handle = handle
         self._on_end = on_end
         self._handling = False
-        self._sleeping: Task | None = None  # the writer
-        self._timer = trio.CancelScope()
-        self._write_began = math.inf
+        self._sleeping: Task | None = None  # that of `run`
+        self._unsent: Sequence[Buffer] = ()
+        self._write_began = math.inf  # when the transport took no more
+        self._parted = False  # all has been written, and no more will be
         self._goodbye_at = math.inf
+        self._timer = trio.CancelScope()
         self._scope = trio.CancelScope()
 
     def lost(self) -> ConnectionLost:
         """Return the error of calls on a connection that has ended."""
         return ConnectionLost(self.failure.message if self.failure else self.reason)
 
-    def flush(self) -> None:
-        """See to it that what the core has to send is sent, after the tasks that can run now."""
-        if self._sleeping is not None:
-            trio.lowlevel.reschedule(self._sleeping)
-            self._sleeping = None
-
     def close(self, code: CloseCode = CloseCode.NO_ERROR, message: str = "") -> None:
         """End the connection at once, but tell the peer."""
         self.core.close(code, message)
-        self._part()
+        self._close()
 
     def fail(self, message: str, cause: BaseException | None = None) -> None:
         """Note why the connection ends, if that isn't known already."""
@@ -134,7 +161,7 @@ class Session:
             self.failure.__cause__ = cause
 
     def handle_events(self) -> None:
-        """Hand the core's events on, and send what came of them."""
+        """Hand the core's events on. What came of them is still to be written."""
         if self._handling:
             # Handling an event made others. They have their turn after it, not inside it: a
             # thousand resets that came together would be as many calls in each other.
@@ -147,86 +174,138 @@ class Session:
             if self.failure is None:
                 logger.warning("%s: %s", self.transport.peer, error)
                 self.fail(f"the peer broke the protocol: {error}", error)
-                self._part()
+                self._close()
         finally:
             self._handling = False
-        if self.core.wants_to_send or self.core.drained:
-            self.flush()
+
+    # Writing.
+
+    def flush(self) -> None:
+        """See to it that what the core has to send is sent, after the tasks that can run now."""
+        if self._sleeping is not None:
+            trio.lowlevel.reschedule(self._sleeping)
+            self._sleeping = None
+
+    def write(self) -> None:
+        """Write what the core has to send, as far as the transport takes it now."""
+        if self._unsent or self._parted:
+            return
+        core = self.core
+        if core.wants_to_send:
+            now = self.now()
+            buffers = core.data_to_send(now)
+            self.handle_events()
+            self._send(buffers, now)
+            if self._unsent or core.wants_to_send:
+                self.flush()
+                return
+        if core.closed or core.drained:
+            self._part()
+
+    def _send(self, buffers: Sequence[Buffer], now: float) -> None:
+        size = sum(map(len, buffers))
+        try:
+            self._unsent = self.transport.send_nowait(buffers)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self._break(error)
+            return
+        if self._unsent:
+            size -= sum(map(len, self._unsent))
+            self._write_began = min(self._write_began, now)
+            self._set_timer()
+        else:
+            self._write_began = math.inf
+        self.bytes_sent += size
+
+    def _part(self) -> None:
+        """Leave the last word to the peer: nothing more is written."""
+        self._parted = True
+        self._end()
+        self._goodbye_at = self.now() + GOODBYE
+        self._set_timer()
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            self.transport.send_eof()
+
+    def _break(self, error: Exception) -> None:
+        self.fail(f"the connection broke: {error}", error)
+        self._unsent, self._parted = (), True
+        self._scope.cancel()
+
+    # Reading.
+
+    async def read(self) -> bool:
+        """Wait for bytes of the peer's, and handle what they mean; return whether more may come.
+
+        What came of it is still to be written. Cancelled, it has read nothing.
+        """
+        core = self.core
+        try:
+            data = await self.transport.receive()
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self._break(error)
+            return False
+        if not data:
+            if not core.drained:
+                self.fail("the peer closed the connection")
+            self._scope.cancel()
+            return False
+        self.bytes_received += len(data)
+        core.receive_data(data, self.now())
+        self.handle_events()
+        self._set_timer()
+        return True
+
+    async def read_all(self) -> None:
+        """Read until the end."""
+        core = self.core
+        while await self.read():
+            if core.wants_to_send or core.drained:
+                self.flush()
+
+    # Time, and the life of the connection.
 
     async def run(self) -> None:
-        """Serve the connection until it ends, and close its transport.
+        """Keep the connection until it ends, and close its transport.
 
         `failure` says how it went; nothing is raised but on cancellation, which closes at once.
         """
         try:
             with self._scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._keep_time)
-                    nursery.start_soon(self._read)
-                    await self._write()
-                    # The core is closed or drained; what is left is to part from the peer.
-                    self._end()
-                    with trio.move_on_after(GOODBYE):
-                        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                            await self.transport.send_eof()
-                        await trio.sleep_forever()  # until the reader meets the end
-                    self._scope.cancel()
+                while True:
+                    with trio.CancelScope(deadline=self._next_time()) as self._timer:
+                        await self._write_all()
+                    self._expire(self.now())
         finally:
             self._end()
             self.transport.close()
 
-    async def _read(self) -> None:
-        core = self.core
-        try:
-            while data := await self.transport.receive():
-                self.bytes_received += len(data)
-                core.receive_data(data, trio.current_time())
-                self.handle_events()
-                self._set_timer()
-            if not core.drained:
-                self.fail("the peer closed the connection")
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self.fail(f"the connection broke: {error}", error)
-        self._scope.cancel()
-
-    async def _write(self) -> None:
-        core = self.core
-        try:
-            while True:
-                while core.wants_to_send:
-                    self._write_began = trio.current_time()
-                    buffers = core.data_to_send(self._write_began)
-                    self.handle_events()
-                    self._set_timer()
-                    await self.transport.send(buffers)
-                    self._write_began = math.inf
-                    self.bytes_sent += sum(map(len, buffers))
-                if core.closed or core.drained:
-                    return
-                self._set_timer()
+    async def _write_all(self) -> None:
+        """Write what others left, and what they flush."""
+        while True:
+            self.write()
+            self._set_timer()
+            if self._unsent:
+                await self.transport.wait_writable()
+                self._send(self._unsent, self.now())
+            elif self.core.wants_to_send and not self._parted:
+                await trio.lowlevel.checkpoint()
+            else:
                 self._sleeping = trio.lowlevel.current_task()
                 await trio.lowlevel.wait_task_rescheduled(self._wake_cancelled)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self.fail(f"the connection broke: {error}", error)
-            self._scope.cancel()
 
     def _wake_cancelled(self, _: RaiseCancelT) -> Abort:
         self._sleeping = None
         return Abort.SUCCEEDED
 
-    async def _keep_time(self) -> None:
-        while True:
-            with trio.CancelScope(deadline=self._next_time()) as self._timer:
-                await trio.sleep_forever()
-            now = trio.current_time()
-            if now >= self._goodbye_at:
-                self._scope.cancel()
-            elif now >= self._write_began + self.core.limits.stall_timeout:
-                self.fail(f"the peer read nothing for {self.core.limits.stall_timeout:g} s")
-                self._scope.cancel()
-            else:
-                self.core.handle_timer(now)
-                self.handle_events()
+    def _expire(self, now: float) -> None:
+        if now >= self._goodbye_at:
+            self._scope.cancel()
+        elif now >= self._write_began + self.core.limits.stall_timeout:
+            self.fail(f"the peer read nothing for {self.core.limits.stall_timeout:g} s")
+            self._scope.cancel()
+        else:
+            self.core.handle_timer(now)
+            self.handle_events()
 
     def _next_time(self) -> float:
         deadline = self.core.next_deadline()
@@ -242,8 +321,9 @@ class Session:
         if at < self._timer.deadline:
             self._timer.deadline = at
 
-    def _part(self) -> None:
-        self._goodbye_at = min(self._goodbye_at, trio.current_time() + GOODBYE)
+    def _close(self) -> None:
+        """Let the last GOAWAY go out; it has its time for that."""
+        self._goodbye_at = min(self._goodbye_at, self.now() + GOODBYE)
         self._set_timer()
         self._end()
         self.flush()
@@ -282,13 +362,18 @@ class Pipe:
         session = self._session
         if session.ended or not session.core.can_send(self._stream):
             return False
-        room = session.core.send(self._stream, message)
-        session.flush()
-        if not room:
-            if self._writer is not None:
-                raise trio.BusyResourceError("another task is sending in this stream")
-            self._writer = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(self._stop_writing)
+        if session.core.send(self._stream, message):
+            session.flush()
+            return True
+        # Enough for a write. Most often the transport takes it all, and there is room again.
+        session.write()
+        if session.core.has_room(self._stream):
+            await trio.lowlevel.checkpoint()
+            return True
+        if self._writer is not None:
+            raise trio.BusyResourceError("another task is sending in this stream")
+        self._writer = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(self._stop_writing)
         return True
 
     async def receive(self) -> bytes | None:
@@ -301,7 +386,7 @@ class Pipe:
         await trio.lowlevel.checkpoint_if_cancelled()
         session, stream = self._session, self._stream
         while True:
-            message = session.core.take(stream, trio.current_time())
+            message = session.core.take(stream, session.now())
             if message is not None:
                 if session.core.wants_to_send:
                     session.flush()

@@ -44,7 +44,7 @@ class Totals:
     """Sums that outlive the connections they come from."""
 
     calls_started: int = 0
-    calls_active: int = 0
+    calls_ended: int = 0
     calls_failed: int = 0
     clubs_sent: int = 0
     calls_clubbed: int = 0
@@ -65,7 +65,7 @@ class Totals:
         return Statistics(
             connections=len(opened),
             calls_started=self.calls_started,
-            calls_active=self.calls_active,
+            calls_active=self.calls_started - self.calls_ended,
             calls_failed=self.calls_failed,
             clubs_sent=self.clubs_sent + sum(core.clubs_sent for core in cores),
             calls_clubbed=self.calls_clubbed + sum(core.calls_clubbed for core in cores),

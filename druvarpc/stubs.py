@@ -4,7 +4,9 @@ import inspect
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
-from druvarpc.calls import Calls, Options
+from trio.lowlevel import current_task, wait_task_rescheduled
+
+from druvarpc.calls import Call, Calls, Options
 from druvarpc.service import Cardinality, Method, Service, methods_of
 
 S = TypeVar("S", bound=Service)
@@ -34,8 +36,6 @@ class StubMethod:
         """
         method, calls = self.method, self.calls
         payload, source = method.encode_call(args, kwargs)
-        if method.cardinality is Cardinality.UNARY_UNARY:
-            return calls.unary(method, self.options, payload)
         if source is None:
             return calls.download(method, self.options, payload)
         if method.cardinality is Cardinality.STREAM_UNARY:
@@ -43,14 +43,56 @@ class StubMethod:
         return calls.exchange(method, self.options, payload, source)
 
 
-def stub_method(method: object) -> StubMethod:
+class UnaryMethod(StubMethod):
+    """A unary method of a stub."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        """Make the call; see `StubMethod`."""
+        return self._call(self.method.encode_call(args, kwargs)[0])
+
+    async def _call(self, payload: bytes) -> Any:
+        call = self.begin(payload)
+        call.task = current_task()
+        await wait_task_rescheduled(call.cancelled)
+        return self.decode(call) if call.plain else await self.result(call)
+
+    def begin(self, payload: bytes) -> Call:
+        """Send a call, which is waited for in another step.
+
+        Raises:
+            ConnectionLost: the connection has ended or takes no more calls.
+            RpcError: INVALID_ARGUMENT, the call can't be sent.
+        """
+        options = self.options
+        call = Call(
+            self.calls, self.method.name, payload, lane=options.lane, metadata=options.metadata
+        )
+        self.calls.submit(call)
+        return call
+
+    async def result(self, call: Call) -> Any:
+        """Wait for a call and return its result; cancelled, abandon it."""
+        return self.method.decode_result(await self.calls.result(call))
+
+    def decode(self, call: Call) -> Any:
+        """Return the result of a call that is done and `plain`."""
+        if call.result is None:
+            raise self.calls.without_result(call)
+        return self.method.decode_result(call.result)
+
+
+def unary_method(method: object, place: str) -> UnaryMethod:
     """Return `method` as what it is at run time, a stub's method.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: it is something else, or streams, which can't be done in such a place.
     """
     if not isinstance(method, StubMethod):
         raise TypeError(f"{method!r} is not a method of a stub")
+    if not isinstance(method, UnaryMethod):
+        raise TypeError(f"{method.method.name} streams; a {place} is of unary calls")
     return method
 
 
@@ -68,5 +110,7 @@ def make_stub(service: type[S], calls: Calls, options: Options) -> S:
     # Not by calling the class: its constructor is the server's business.
     stub: S = object.__new__(kind)
     for attribute, method in methods_of(service).items():
-        object.__setattr__(stub, attribute, StubMethod(calls, method, options))
+        unary = method.cardinality is Cardinality.UNARY_UNARY
+        kind_of_method = UnaryMethod if unary else StubMethod
+        object.__setattr__(stub, attribute, kind_of_method(calls, method, options))
     return stub

@@ -14,15 +14,15 @@ from collections.abc import (
     Callable,
     Iterable,
     Iterator,
+    Mapping,
 )
 from typing import Any, Final, TypeVar
 
 import trio
 
 from druvarpc.calls import Call
-from druvarpc.service import Cardinality
 from druvarpc.session import closing
-from druvarpc.stubs import StubMethod, stub_method
+from druvarpc.stubs import UnaryMethod, unary_method
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -31,6 +31,8 @@ T = TypeVar("T")
 # this process at once.
 _MOST_CALLS: Final = 512
 _MOST_BYTES: Final = 8 * 1024 * 1024
+
+_NO_KEYWORDS: Final[Mapping[str, Any]] = {}
 
 
 def windowed(
@@ -59,9 +61,7 @@ def windowed(
         ValueError: the window isn't positive.
         RpcError: the first call that failed.
     """
-    stub = stub_method(method)
-    if stub.method.cardinality is not Cardinality.UNARY_UNARY:
-        raise TypeError(f"{stub.method.name} streams; a window is of unary calls")
+    stub = unary_method(method, "window")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} calls")
     flight = _Flight(stub, window, ordered=ordered)
@@ -144,7 +144,7 @@ class _Flight:
         error: why the source of arguments failed.
     """
 
-    def __init__(self, stub: StubMethod, window: int | None, *, ordered: bool) -> None:
+    def __init__(self, stub: UnaryMethod, window: int | None, *, ordered: bool) -> None:
         self.stub = stub
         self.calls: dict[Call, int] = {}
         self.error: Exception | None = None
@@ -154,6 +154,7 @@ class _Flight:
         self._ordered = ordered
         self._done: deque[Call] = deque()
         self._changed = trio.lowlevel.ParkingLot()
+        self._waiting = 0
 
     @property
     def has_room(self) -> bool:
@@ -162,33 +163,29 @@ class _Flight:
 
     def add(self, argument: Any) -> None:
         """Start the call for one more argument."""
-        stub = self.stub
-        payload, _ = stub.method.encode_call((argument,), {})
-        call = Call(
-            stub.calls,
-            stub.method.name,
-            payload,
-            lane=stub.options.lane,
-            metadata=stub.options.metadata,
-        )
+        payload, _ = self.stub.method.encode_call((argument,), _NO_KEYWORDS)
+        call = self.stub.begin(payload)
         if not self._ordered:
             call.on_done = lambda: self._note(call)
-        stub.calls.submit(call)
-        self.calls[call] = len(payload)
-        self._bytes += len(payload)
-        self.wake()
+        size = len(payload)
+        self.calls[call] = size
+        self._bytes += size
+        if self._waiting:
+            self.wake()
 
     async def take(self) -> Any:
         """Wait for the result whose turn it is, and return it."""
-        call = await self._next()
-        result = await self.stub.calls.result(call)
+        call = next(iter(self.calls)) if self._ordered else await self._next_done()
+        if not call.done or not call.plain:
+            result = await self.stub.result(call)
+        else:
+            result = self.stub.decode(call)
         self._bytes -= self.calls.pop(call)
-        self.wake()
-        return self.stub.method.decode_result(result)
+        if self._waiting:
+            self.wake()
+        return result
 
-    async def _next(self) -> Call:
-        if self._ordered:
-            return next(iter(self.calls))
+    async def _next_done(self) -> Call:
         while not self._done:
             await self.changed()
         return self._done.popleft()
@@ -200,7 +197,11 @@ class _Flight:
 
     async def changed(self) -> None:
         """Wait until a call was added, taken or, if that matters, has ended."""
-        await self._changed.park()
+        self._waiting += 1
+        try:
+            await self._changed.park()
+        finally:
+            self._waiting -= 1
 
     def wake(self) -> None:
         """Wake who waits for a change."""

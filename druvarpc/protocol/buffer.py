@@ -1,12 +1,13 @@
 """Bytes to frames: cuts what arrives, in whatever pieces, into headers and bodies.
 
-What has come of an incomplete unit (the preface, a header, or a header and its body) waits in
-`_pieces`, `_held` bytes in all; the unit is complete at `_need` bytes. Pieces are joined only then,
-so that the work is linear in the input even at one byte a time; and a frame that lies within one
-piece of input is never copied: its body is a view of that piece.
+A unit (the preface, a header, a body) that lies within one piece of input is taken as it lies
+there, as a view. Of one that doesn't, what has come waits in `_pieces`, `_held` bytes in all; it is
+complete at `_need` bytes. Pieces are joined only then, so that the work is linear in the input even
+at one byte a time; those of a DATA frame's body aren't joined even then, but with the rest of the
+message. A header is checked as soon as it is there, before its body is awaited.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from druvarpc.errors import CloseCode, RemoteProtocolError
@@ -30,12 +31,23 @@ _SMALL: Final = 4096
 
 
 class Frame(NamedTuple):
-    """One frame, its body a view of the input."""
+    """One frame.
+
+    Attributes:
+        size: bytes of the body.
+        pieces: the body as it lies in the input; one piece of it at least.
+    """
 
     kind: int
     flags: int
     id: int
-    body: memoryview
+    size: int
+    pieces: Sequence[Buffer]
+
+    @property
+    def body(self) -> Buffer:
+        """The body in one piece."""
+        return _joined(self.pieces)
 
 
 class FrameBuffer:
@@ -46,21 +58,33 @@ class FrameBuffer:
         max_frame: the greatest length of a body to accept, in bytes.
     """
 
+    __slots__ = (
+        "_has_settings",
+        "_head",
+        "_held",
+        "_in_preface",
+        "_max_frame",
+        "_need",
+        "_pieces",
+        "_sender",
+    )
+
     def __init__(self, sender: Role, max_frame: int) -> None:
         self._sender = sender
         self._max_frame = max_frame
         self._pieces: list[Buffer] = []
         self._held = 0
         self._need = len(PREFACE)
+        self._head: tuple[int, int, int, int] | None = None  # of the frame whose body is arriving
         self._in_preface = True
         self._has_settings = False
 
     @property
     def in_frame(self) -> bool:
         """Whether a unit has begun to arrive and isn't complete."""
-        return self._held > 0
+        return self._held > 0 or self._head is not None
 
-    def feed(self, data: bytes) -> Iterator[Frame]:
+    def feed(self, data: Buffer) -> Iterator[Frame]:
         """Yield the frames that `data` completes.
 
         Raises:
@@ -69,49 +93,57 @@ class FrameBuffer:
         """
         if self._in_preface:
             _check_magic(data, self._held)
-        self._hold(memoryview(data))
-        while self._held >= self._need:
-            unit = memoryview(b"".join(self._pieces) if len(self._pieces) > 1 else self._pieces[0])
-            self._pieces = []
-            start, end = 0, len(unit)
-            if self._in_preface:
-                start = self._end_preface(unit)
-            while end - start >= self._need:
-                head, tail = unpack_header(unit, start)
-                kind, length, flags, id = head >> 24, head & 0xFFFFFF, tail >> 56, tail & MAX_ID
-                if self._need == HEADER_SIZE:
-                    self._check(kind, length, flags, id)
-                    self._need += length
-                    if end - start < self._need:
-                        break
-                body = start + HEADER_SIZE
-                start += self._need
+        view = memoryview(data)
+        start, end = 0, len(view)
+        while start < end:
+            size = self._need - self._held
+            if size > end - start:
+                self._hold(view[start:])
+                return
+            piece = view[start : start + size]
+            start += size
+            pieces: Sequence[Buffer] = (piece,)
+            if self._held:
+                self._hold(piece)
+                pieces, self._pieces, self._held = self._pieces, [], 0
+            if self._head is not None:
+                frame = Frame(*self._head, pieces)
+                self._head = None
                 self._need = HEADER_SIZE
-                yield Frame(kind, flags, id, unit[body:start])
-            self._held = 0
-            self._hold(unit[start:])
+                yield frame
+            elif self._in_preface:
+                self._end_preface(_joined(pieces))
+            else:
+                head, tail = unpack_header(_joined(pieces))
+                kind, length, flags, id = head >> 24, head & 0xFFFFFF, tail >> 56, tail & MAX_ID
+                self._check(kind, length, flags, id)
+                if length > end - start:
+                    self._head = kind, flags, id, length
+                    self._need = length
+                else:
+                    stop = start + length
+                    yield Frame(kind, flags, id, length, (view[start:stop],))
+                    start = stop
 
     def _hold(self, piece: memoryview) -> None:
-        size = len(piece)
-        self._held += size
-        if size >= _SMALL or size >= self._need:
+        self._held += len(piece)
+        if len(piece) >= _SMALL:
             self._pieces.append(piece)
-        elif size:
-            last = self._pieces[-1] if self._pieces else None
-            if isinstance(last, bytearray):
-                last += piece
-            else:
-                self._pieces.append(bytearray(piece))
+            return
+        last = self._pieces[-1] if self._pieces else None
+        if isinstance(last, bytearray):
+            last += piece
+        else:
+            self._pieces.append(bytearray(piece))
 
-    def _end_preface(self, unit: memoryview) -> int:
-        version = unit[len(MAGIC)]
+    def _end_preface(self, preface: Buffer) -> None:
+        version = preface[len(MAGIC)]
         if version != VERSION:
             raise RemoteProtocolError(
                 f"protocol version {version} instead of {VERSION}", CloseCode.VERSION_MISMATCH
             )
         self._in_preface = False
         self._need = HEADER_SIZE
-        return len(PREFACE)
 
     def _check(self, kind: int, length: int, flags: int, id: int) -> None:
         most = self._max_frame if self._has_settings else MAX_FIRST_FRAME
@@ -128,7 +160,11 @@ class FrameBuffer:
         check_header(kind, length, flags, id, self._sender)
 
 
-def _check_magic(data: bytes, held: int) -> None:
+def _joined(pieces: Sequence[Buffer]) -> Buffer:
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _check_magic(data: Buffer, held: int) -> None:
     expected = MAGIC[held : held + len(data)]
-    if not data.startswith(expected):
+    if bytes(data[: len(expected)]) != expected:
         raise RemoteProtocolError("not a druvarpc connection: the preface is wrong")

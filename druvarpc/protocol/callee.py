@@ -77,6 +77,21 @@ class Callee:
         after_data: bool = False,
     ) -> None:
         """End a call."""
+        if (
+            outcome is None
+            and stream.state is State.CALLED
+            and payload is not None
+            and len(payload) <= self._wire.peer.max_inline
+            and stream.incoming is None
+            and stream.outgoing is None
+            and stream.club is None
+        ):
+            # What follows, for a call without data.
+            stream.final = [stream.id, payload]
+            stream.state = State.CLOSED
+            del self._wire.streams[stream.id]
+            self._queue(stream, CALL_OVERHEAD + len(payload))
+            return
         if stream.final is not None or stream.state not in (State.OPEN, State.CALLED, State.RESET):
             raise LocalProtocolError(f"{stream!r} can't be replied to")
         if stream.state is State.RESET:
@@ -151,9 +166,14 @@ class Callee:
         size = CALL_OVERHEAD + (len(payload) if isinstance(payload, bytes) else 0)
         if len(item) > 2:
             size = len(frames.pack(item))
-        self._queues[stream.lane].append((size, item))
-        self._unsent += 1
         self._wire.moved(stream, Input.REPLY_DOWN)
+        self._queue(stream, size)
+
+    def _queue(self, stream: Stream, size: int) -> None:
+        """Queue a reply that is complete, and takes so many bytes or a few less."""
+        assert stream.final is not None
+        self._queues[stream.lane].append((size, stream.final))
+        self._unsent += 1
         self._wire.outflow.offer_club(stream.lane)
 
     def _holds(self, places: int) -> bool:

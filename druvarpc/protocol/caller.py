@@ -154,21 +154,26 @@ class Caller:
         calls = self._next_club(queue, wire.peer.max_calls - len(wire.streams))
         if not calls:
             return 0, False
+        first = id = wire.last_id + 1
+        wire.last_id += len(calls)
+        abandoned = False
         for call in calls:
-            wire.last_id += 1
-            call.id = wire.last_id
-            wire.streams[call.id] = call
-            if not call.more and call.inline:
-                call.state = State.CALLED
-            else:
+            call.id = id
+            wire.streams[id] = call
+            id += 1
+            if call.more or not call.inline:
                 self._open(call)
-        frame = encode_calls(calls, self._names, now)
+            else:
+                call.state = State.CALLED
+            abandoned = abandoned or call.abandoned
+        frame = encode_calls(calls, first, self._names, now)
         out.append(frame)
         wire.clubs_sent += 1
         wire.calls_clubbed += len(calls) if len(calls) > 1 else 0
-        for call in calls:
-            if call.abandoned:
-                self._end(call, Status.CANCELLED, "")
+        if abandoned:
+            for call in calls:
+                if call.abandoned:
+                    self._end(call, Status.CANCELLED, "")
         return len(frame), bool(queue)
 
     def sent(self, stream: Stream, *, ended: bool) -> None:
@@ -180,15 +185,19 @@ class Caller:
         peer = self._wire.peer
         most = min(self._clubbing.max_calls, peer.max_club, room)
         left = min(self._clubbing.max_bytes, MAX_CLUB)
+        inline = peer.max_inline
         calls: list[Stream] = []
         while queue:
             entry = queue[0]
-            if _is_abandoned(entry):
+            if isinstance(entry, list):
+                if all(call.abandoned for call in entry):
+                    queue.popleft()
+                    continue
+                return calls or self._take_club(queue, entry, room)
+            if entry.abandoned:
                 queue.popleft()
                 continue
-            if isinstance(entry, list):
-                return calls or self._take_club(queue, entry, room)
-            entry.inline = _length(entry) <= peer.max_inline
+            entry.inline = len(entry.payload or b"") <= inline
             left -= call_size(entry)
             if len(calls) == most or (calls and left < 0):
                 break
@@ -211,7 +220,7 @@ class Caller:
                 )
             queue.appendleft(rest)
         for call in calls:
-            call.inline = call.inline and _length(call) <= self._wire.peer.max_inline
+            call.inline = call.inline and len(call.payload or b"") <= self._wire.peer.max_inline
         return calls
 
     def _open(self, call: Stream) -> None:
@@ -238,13 +247,15 @@ class Caller:
         wire.moved(stream, Input.RESET_UP)
 
     def _check(self, call: Stream) -> None:
-        self._wire.check_open()
+        wire, names = self._wire, self._names
+        if wire.sent_goaway is not None or wire.got_goaway is not None:
+            raise LocalProtocolError("the connection takes no more calls")
         if call.state is not State.IDLE or call.payload is None:
             raise LocalProtocolError(f"{call!r} isn't a new call")
-        if not self._names.reserve(call.method):
+        if call.method not in names.reserved and not names.reserve(call.method):
             raise LocalProtocolError(f"{call.method!r:.80}: not a name, or one too many")
         if call.metadata:
-            frames.check_outgoing_metadata(call.metadata, self._wire.peer.max_metadata)
+            frames.check_outgoing_metadata(call.metadata, wire.peer.max_metadata)
 
     # Frames from the server.
 
@@ -308,8 +319,3 @@ class Caller:
 def _is_abandoned(entry: Stream | list[Stream]) -> bool:
     calls = [entry] if isinstance(entry, Stream) else entry
     return all(call.abandoned for call in calls)
-
-
-def _length(call: Stream) -> int:
-    assert call.payload is not None
-    return len(call.payload)

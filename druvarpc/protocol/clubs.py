@@ -32,7 +32,7 @@ from druvarpc.protocol.frames import (
     unpack,
     unpack_array,
 )
-from druvarpc.protocol.lanes import Priority
+from druvarpc.protocol.lanes import LANES
 from druvarpc.protocol.streams import Reference, Stream
 
 MAX_METHODS: Final = 4096
@@ -89,18 +89,22 @@ class Outcome:
 
 
 class MethodNames:
-    """The numbers that one connection gave to methods, in the order of their first use."""
+    """The numbers that one connection gave to methods, in the order of their first use.
+
+    Attributes:
+        numbers: by name.
+        reserved: names that have, or will get, a number.
+    """
+
+    __slots__ = ("_names", "numbers", "reserved")
 
     def __init__(self) -> None:
         self._names: list[str] = []
-        self._numbers: dict[str, int] = {}
-        self._reserved: set[str] = set()
+        self.numbers: dict[str, int] = {}
+        self.reserved: set[str] = set()
 
-    def number(self, name: str) -> int | str:
-        """Return what stands for a method in the next call: its name the first time."""
-        number = self._numbers.get(name)
-        if number is not None:
-            return number
+    def first_use(self, name: str) -> str:
+        """Return what stands for a method in its first call: its name, which now has a number."""
         self._add(name)
         return name
 
@@ -112,42 +116,43 @@ class MethodNames:
             raise RemoteProtocolError(f"CALLS: method {show(method)} has no name")
         if not _NAME.fullmatch(method):
             raise RemoteProtocolError(f"CALLS: {show(method)} can't be a method's name")
-        if method in self._numbers or len(self._names) == MAX_METHODS:
+        if method in self.numbers or len(self._names) == MAX_METHODS:
             raise RemoteProtocolError(f"CALLS: method {method} can't be numbered (again)")
         self._add(method)
         return method
 
     def reserve(self, name: str) -> bool:
-        """Make sure that a method that will be called has, or will get, a number."""
-        if name not in self._reserved:
-            if len(self._reserved) == MAX_METHODS or not _NAME.fullmatch(name):
-                return False
-            self._reserved.add(name)
+        """Make sure that a method that hasn't been called yet will get a number."""
+        if len(self.reserved) == MAX_METHODS or not _NAME.fullmatch(name):
+            return False
+        self.reserved.add(name)
         return True
 
     def _add(self, name: str) -> None:
-        self._numbers[name] = len(self._names)
+        self.numbers[name] = len(self._names)
         self._names.append(name)
 
 
-def encode_calls(calls: Sequence[Stream], names: MethodNames, now: float) -> bytes:
-    """Return the CALLS frame of calls whose ids follow one another."""
+def encode_calls(calls: Sequence[Stream], first: int, names: MethodNames, now: float) -> bytes:
+    """Return the CALLS frame of calls whose ids follow one another from `first` on."""
     items: list[list[object]] = []
+    numbers = names.numbers
     for call in calls:
         flags = call.lane << 1
         if call.more or not call.inline:
             flags |= _MORE
         if call.timings:
             flags |= _TIMINGS
+        method = numbers.get(call.method)
         item: list[object] = [
-            names.number(call.method),
+            names.first_use(call.method) if method is None else method,
             flags,
             call.payload if call.inline else None,
         ]
         if call.deadline is not None or call.metadata or call.references:
             item += _options(call, now)
         items.append(item)
-    return frame(CALLS, pack(items), id=calls[0].id)
+    return frame(CALLS, pack(items), id=first)
 
 
 def _options(call: Stream, now: float) -> list[object]:
@@ -165,6 +170,7 @@ def _options(call: Stream, now: float) -> list[object]:
 def decode_calls(body: Buffer, names: MethodNames, accepted: Settings, now: float) -> list[Stream]:
     """Return the calls of a CALLS frame, still without ids."""
     array = unpack_array(body, "CALLS", 1)
+    most = accepted.max_inline
     if len(array) > accepted.max_club:
         raise RemoteProtocolError(
             f"CALLS: {len(array)} calls in a club, at most {accepted.max_club} are accepted"
@@ -172,22 +178,20 @@ def decode_calls(body: Buffer, names: MethodNames, accepted: Settings, now: floa
     calls: list[Stream] = []
     for index, item in enumerate(array):
         check_array(item, "CALLS: call", 3)
-        flags, payload = item[1], item[2]
+        method, flags, payload = item[:3]
         if type(flags) is not int or flags < 0 or flags & _UNKNOWN or flags & _LANE == _LANE:
             raise RemoteProtocolError(f"CALLS: flags {show(flags)}")
         if payload is None:
             if not flags & _MORE:
                 raise RemoteProtocolError("CALLS: neither a payload nor MORE")
-        elif type(payload) is not bytes or len(payload) > accepted.max_inline:
-            raise RemoteProtocolError(
-                f"CALLS: a payload that isn't at most {accepted.max_inline} bytes"
-            )
+        elif type(payload) is not bytes or len(payload) > most:
+            raise RemoteProtocolError(f"CALLS: a payload that isn't at most {most} bytes")
         call = Stream(
-            names.resolve(item[0]),
+            names.resolve(method),
             payload,
-            more=bool(flags & _MORE),
-            lane=Priority((flags & _LANE) >> 1),
-            timings=bool(flags & _TIMINGS),
+            more=flags & _MORE != 0,
+            lane=LANES[(flags & _LANE) >> 1],
+            timings=flags & _TIMINGS != 0,
         )
         if len(item) > 3:
             timeout = element(item, 3)
@@ -253,17 +257,14 @@ def decode_replies(
 ) -> list[tuple[int, bytes | None, Outcome | None]]:
     """Return id, payload and, if it says more than OK, outcome of each reply of a REPLIES frame."""
     replies: list[tuple[int, bytes | None, Outcome | None]] = []
+    most = accepted.max_inline
     for item in unpack_array(body, "REPLIES", 1):
         check_array(item, "REPLIES: reply", 2)
-        id, payload = item[0], item[1]
+        id, payload = item[:2]
         if type(id) is not int:
             raise RemoteProtocolError("REPLIES: an id that isn't an integer")
-        if payload is not None and (
-            type(payload) is not bytes or len(payload) > accepted.max_inline
-        ):
-            raise RemoteProtocolError(
-                f"REPLIES: a payload that isn't at most {accepted.max_inline} bytes"
-            )
+        if payload is not None and (type(payload) is not bytes or len(payload) > most):
+            raise RemoteProtocolError(f"REPLIES: a payload that isn't at most {most} bytes")
         outcome = _decode_outcome(item, accepted) if len(item) > 2 else None
         if outcome is not None and outcome.status and payload is not None:
             raise RemoteProtocolError("REPLIES: a payload with a status that isn't OK")

@@ -176,8 +176,11 @@ class Connection:
 
     # Bytes and time.
 
-    def receive_data(self, data: bytes, now: float) -> None:
-        """Take in bytes of the peer's; `next_event` tells what they mean."""
+    def receive_data(self, data: Buffer, now: float) -> None:
+        """Take in bytes of the peer's; `next_event` tells what they mean.
+
+        They must not change after this: what is large is kept as it lies there.
+        """
         if self._closing or not data:
             return
         completed = False
@@ -205,26 +208,29 @@ class Connection:
         if self._closing:
             return not self.closed
         wire = self._wire
-        return (
-            bool(wire.control) or wire.outflow.ready or wire.inflow.has_credits or self._goaway_due
-        )
+        if wire.control or wire.outflow.lanes.waiting or wire.inflow.due:
+            return True
+        return self._draining and self._goaway_due
 
     def data_to_send(self, now: float, most: int = WRITE_SIZE) -> list[Buffer]:
         """Return buffers, about `most` bytes in all, to be written next and in their order."""
         wire = self._wire
+        out: list[Buffer] = []
         if self._closing:
             self.closed = True
-            out, self._farewell = self._farewell, []
+            out, self._farewell = self._farewell, out
             return out
-        if self._goaway_due:
+        if self._draining and self._goaway_due:
             self._draining = False
             wire.goaway(CloseCode.NO_ERROR, "draining", self._last_accepted())
-        out, wire.control = wire.control, []
-        self._pongs = 0
-        credits = wire.inflow.credits()
-        for start in range(0, len(credits), frames.MAX_CREDITS):
-            out.append(frames.encode_credits(credits[start : start + frames.MAX_CREDITS]))
-        out += wire.outflow.send(most, now)
+        if wire.control:
+            out, wire.control = wire.control, out
+            self._pongs = 0
+        if wire.inflow.due:
+            credits = wire.inflow.credits()
+            for start in range(0, len(credits), frames.MAX_CREDITS):
+                out.append(frames.encode_credits(credits[start : start + frames.MAX_CREDITS]))
+        wire.outflow.send(out, most, now)
         return out
 
     def next_deadline(self) -> float | None:
@@ -232,12 +238,13 @@ class Connection:
         if self._closing:
             return None
         deadline = self._liveness.deadline
-        stalled = self._wire.outflow.stalled_since
-        if stalled is not None:
-            deadline = min(deadline, stalled + self._wire.limits.stall_timeout)
-        for other in (self._caller.linger, self._callee.deadline):
-            if other is not None:
-                deadline = min(deadline, other)
+        outflow, linger, held = self._wire.outflow, self._caller.linger, self._callee.deadline
+        if outflow.stalled:
+            deadline = min(deadline, outflow.stalled_since + self.limits.stall_timeout)
+        if linger is not None:
+            deadline = min(deadline, linger)
+        if held is not None:
+            deadline = min(deadline, held)
         return deadline
 
     def handle_timer(self, now: float) -> None:
@@ -253,7 +260,7 @@ class Connection:
             return
         self._caller.expire(now)
         self._callee.expire(now)
-        for stream in self._wire.outflow.expire(now, self._wire.limits.stall_timeout):
+        for stream in self._wire.outflow.expire(now, self.limits.stall_timeout):
             if stream.final is None:
                 self._wire.events.append(Stalled(stream))
             else:  # the handler has ended, so that the owner has nothing to end
@@ -400,6 +407,10 @@ class Connection:
         if stream.id:
             outflow.offer(stream)
         return has_room
+
+    def has_room(self, stream: Stream) -> bool:
+        """Whether `send` would not return False for what is queued already."""
+        return stream.outgoing is None or not stream.outgoing.congested
 
     def take(self, stream: Stream, now: float) -> bytes | None:
         """Take the next message of a stream; credit for it goes back to the peer.

@@ -11,6 +11,7 @@ when some is given back.
 
 from collections.abc import Set
 
+from druvarpc.protocol.buffer import Frame
 from druvarpc.protocol.frames import END_MESSAGE, Buffer
 from druvarpc.protocol.limits import Limits
 from druvarpc.protocol.streams import Incoming, State, Stream
@@ -30,6 +31,7 @@ class Inflow:
     Attributes:
         rtt: seconds, as last measured; None until then. Windows don't grow without it.
         window: the connection's window.
+        due: the credit to give, by stream; 0 is the connection.
     """
 
     def __init__(self, limits: Limits, receiving: Set[State]) -> None:
@@ -40,7 +42,7 @@ class Inflow:
         self.window = ReceiveWindow(limits.connection_window, limits.memory, self._budget)
         self._favoured: Stream | None = None
         self._starving: dict[Stream, None] = {}
-        self._due: dict[int, int] = {}
+        self.due: dict[int, int] = {}
 
     def open(self, stream: Stream) -> Incoming:
         """Return the incoming direction of a stream, made when first needed."""
@@ -60,7 +62,7 @@ class Inflow:
             self.window.consume(cost, now, self.rtt)
             self._owe(0, self.window)
 
-    def receive(self, stream: Stream, body: Buffer, flags: int, cost: int, now: float) -> bool:
+    def receive(self, stream: Stream, frame: Frame, cost: int, now: float) -> bool:
         """Add a DATA frame, whose cost both windows have counted, to a stream.
 
         Returns:
@@ -71,7 +73,7 @@ class Inflow:
             self.discard(cost, now)
             return False
         incoming.cost += cost
-        incoming.size += len(body)
+        incoming.size += frame.size
         if incoming.size > self._limits.max_message:
             incoming.too_long = True
             self.end(stream, now)
@@ -79,9 +81,10 @@ class Inflow:
             return wanted
         if incoming.unread:
             self._relieve(incoming, now)
-        if body:
-            _add(incoming.parts, body)
-        if flags & END_MESSAGE:
+        if frame.size:
+            for piece in frame.pieces:
+                _add(incoming.parts, piece)
+        if frame.flags & END_MESSAGE:
             wanted = incoming.wanted
             incoming.finish()
             self._starving.pop(stream, None)
@@ -109,7 +112,7 @@ class Inflow:
         incoming.ended = True
         incoming.window.close()
         if stream.id:  # a call that wasn't sent has none, and 0 is the connection
-            self._due.pop(stream.id, None)
+            self.due.pop(stream.id, None)
         self._starving.pop(stream, None)
         self._return(stream, incoming.drop_unfinished(), now)
 
@@ -119,15 +122,10 @@ class Inflow:
             self.end(stream, now)
             self._return(stream, stream.incoming.drop(), now)
 
-    @property
-    def has_credits(self) -> bool:
-        """Whether there is credit to give."""
-        return bool(self._due)
-
     def credits(self) -> list[tuple[int, int]]:
-        """Take out the credit to give, by stream; 0 is the connection."""
-        credits = list(self._due.items())
-        self._due.clear()
+        """Take out what is `due`."""
+        credits = list(self.due.items())
+        self.due.clear()
         return credits
 
     def _advance(self, stream: Stream, incoming: Incoming, now: float) -> None:
@@ -157,7 +155,7 @@ class Inflow:
     def _owe(self, id: int, window: ReceiveWindow) -> None:
         size = window.due()
         if size:
-            self._due[id] = self._due.get(id, 0) + size
+            self.due[id] = self.due.get(id, 0) + size
 
     def _return(self, stream: Stream, dropped: tuple[int, int], now: float) -> None:
         connection, budget = dropped

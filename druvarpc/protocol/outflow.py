@@ -2,7 +2,7 @@
 
 Two kinds of sources take turns in `Lanes`: streams with data, which go out one quantum at a time
 under credit, and each lane's queue of calls (on the client) or replies (on the server), which go
-out as clubs without credit. A stream that lacks credit leaves the lanes for `_stalled` and comes
+out as clubs without credit. A stream that lacks credit leaves the lanes for `stalled` and comes
 back with the next CREDIT; nothing else waits for it.
 """
 
@@ -57,6 +57,8 @@ class Outflow:
 
     Attributes:
         clubs: where clubs come from; set once, before anything is sent.
+        lanes: what could be sent now.
+        stalled: streams that wait for credit.
         window: the connection's credit.
         frames_sent: DATA frames sent.
     """
@@ -68,22 +70,17 @@ class Outflow:
         self.frames_sent = 0
         self._stream_window = window
         self._events = events
-        self._lanes: Lanes[Stream | Priority] = Lanes()
+        self.lanes: Lanes[Stream | Priority] = Lanes()
         self._has_club: set[Priority] = set()
-        self._stalled: dict[Stream, None] = {}
+        self.stalled: dict[Stream, None] = {}
         self._backlog = Backlog()
-
-    @property
-    def ready(self) -> bool:
-        """Whether something could be sent now."""
-        return bool(self._lanes)
 
     def offer_club(self, lane: Priority) -> None:
         """Let a lane's queue of calls or replies take its turn."""
         if lane not in self._has_club:
             self._has_club.add(lane)
             # In front: what is small waits for no stream of its own lane either.
-            self._lanes.add_first(lane, lane)
+            self.lanes.add_first(lane, lane)
 
     def open(self, stream: Stream) -> Outgoing:
         """Return the outgoing direction of a stream, made when first needed."""
@@ -102,7 +99,7 @@ class Outflow:
         outgoing = self.open(stream)
         if not outgoing.waiting and (outgoing.messages or outgoing.ending):
             outgoing.waiting = True
-            self._lanes.add(stream, stream.lane)
+            self.lanes.add(stream, stream.lane)
 
     def push(self, stream: Stream, message: Buffer) -> bool:
         """Queue a message of a stream; return whether there is room for more."""
@@ -119,22 +116,22 @@ class Outflow:
             outgoing.drop()
             if outgoing.waiting:
                 outgoing.waiting = False
-                if stream in self._stalled:
-                    del self._stalled[stream]
+                if stream in self.stalled:
+                    del self.stalled[stream]
                 else:
-                    self._lanes.remove(stream, stream.lane)
+                    self.lanes.remove(stream, stream.lane)
 
     def grant(self, stream: Stream | None, size: int) -> None:
         """Add credit to a stream, or to the connection if it is None."""
         if stream is None:
             self.window.grant(size)
-            stalled = list(self._stalled)
+            stalled = list(self.stalled)
         else:
             self.open(stream).window.grant(size)
-            stalled = [stream] if stream in self._stalled else []
+            stalled = [stream] if stream in self.stalled else []
         for one in stalled:
-            del self._stalled[one]
-            self._lanes.add(one, one.lane)
+            del self.stalled[one]
+            self.lanes.add(one, one.lane)
 
     def settle(self, connection: int, stream: int, opened: Iterable[Stream]) -> None:
         """Add to all windows what the peer's SETTINGS grant above the defaults."""
@@ -147,36 +144,34 @@ class Outflow:
 
     def expire(self, now: float, timeout: float) -> list[Stream]:
         """Return the streams that got no credit for `timeout` seconds, and begin to count anew."""
-        expired = [stream for stream in self._stalled if _since(stream) + timeout <= now]
+        expired = [stream for stream in self.stalled if _since(stream) + timeout <= now]
         for stream in expired:
             self.open(stream).blocked = now
         return expired
 
     @property
-    def stalled_since(self) -> float | None:
-        """When the stream that has waited longest for credit began to."""
-        return min(map(_since, self._stalled)) if self._stalled else None
+    def stalled_since(self) -> float:
+        """When that of the `stalled` which has waited longest began to."""
+        return min(map(_since, self.stalled))
 
-    def send(self, most: int, now: float) -> list[Buffer]:
-        """Return what goes next, about `most` bytes of it."""
-        out: list[Buffer] = []
+    def send(self, out: list[Buffer], most: int, now: float) -> None:
+        """Add to `out` what goes next, about `most` bytes of it."""
         size = 0
         while size < most:
-            turn = self._lanes.next()
+            turn = self.lanes.next()
             if turn is None:
                 break
             source, lane = turn
             if isinstance(source, Priority):
                 sent, more = self.clubs.send_club(lane, out, now)
                 if more:
-                    self._lanes.add(source, lane)
+                    self.lanes.add(source, lane)
                 else:
                     self._has_club.remove(lane)
             else:
                 sent = self._send_data(source, out, now)
-            self._lanes.sent(lane, sent)
+            self.lanes.sent(lane, sent)
             size += sent
-        return out
 
     def _send_data(self, stream: Stream, out: list[Buffer], now: float) -> int:
         outgoing = self.open(stream)
@@ -188,7 +183,7 @@ class Outflow:
         size = min(outgoing.first, QUANTUM)
         credit = min(self.window.available, outgoing.window.available) - FRAME_COST
         if credit < min(size, LEAST_CUT):
-            self._stalled[stream] = None
+            self.stalled[stream] = None
             if outgoing.blocked is None:
                 outgoing.blocked = now
             return 0
@@ -209,7 +204,7 @@ class Outflow:
             outgoing.waiting = outgoing.ending = False
             self.clubs.sent(stream, ended=ends)
         else:
-            self._lanes.add(stream, stream.lane)
+            self.lanes.add(stream, stream.lane)
         return len(body) + HEADER_SIZE
 
 

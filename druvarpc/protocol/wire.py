@@ -7,7 +7,7 @@ other; `Connection` holds all three.
 from collections import deque
 from typing import Final
 
-from druvarpc.errors import CloseCode, LocalProtocolError, RemoteProtocolError
+from druvarpc.errors import CloseCode, RemoteProtocolError
 from druvarpc.protocol import frames
 from druvarpc.protocol.buffer import Frame
 from druvarpc.protocol.events import Event
@@ -87,11 +87,11 @@ class Wire:
         Returns:
             whether the application, waiting for a message, has something to look at now.
         """
-        body, flags = frame.body, frame.flags & (END_MESSAGE | END_STREAM)
+        flags = frame.flags & (END_MESSAGE | END_STREAM)
         # A reply that waits behind data has closed this direction as one that has gone.
         discarding = stream.state in (State.REPLIED, State.RESET) or stream.final is not None
         self.move(stream, what)
-        if not body and not flags:
+        if not frame.size and not flags:
             raise RemoteProtocolError(f"DATA for call {frame.id}: nothing in it")
         cost = data_cost(frame)
         self.inflow.window.receive(cost)
@@ -101,7 +101,7 @@ class Wire:
         if discarding:
             self.inflow.discard(cost, now)
             return False
-        readable = bool(cost) and self.inflow.receive(stream, body, flags, cost, now)
+        readable = bool(cost) and self.inflow.receive(stream, frame, cost, now)
         if flags & END_STREAM:
             if incoming.unfinished:
                 raise RemoteProtocolError(f"END of call {frame.id} within a message")
@@ -130,14 +130,9 @@ class Wire:
                 if self._crossed > self.outflow.frames_sent:
                     self.patience.charge(now)
 
-    def check_open(self) -> None:
-        """Refuse to go on when a GOAWAY of this side or the other's says so."""
-        if self.sent_goaway is not None or self.got_goaway is not None:
-            raise LocalProtocolError("the connection takes no more calls")
-
 
 def data_cost(frame: Frame) -> int:
     """Return the credit that a DATA frame takes."""
-    if frame.body or frame.flags & END_MESSAGE:
-        return len(frame.body) + FRAME_COST
+    if frame.size or frame.flags & END_MESSAGE:
+        return frame.size + FRAME_COST
     return 0

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from druvarpc.protocol.frames import (
     pack,
     unpack_header,
 )
-from druvarpc.transports import MemoryTransport, memory_transports
+from druvarpc.transports import Buffer, MemoryTransport, memory_transports
 
 ROOT = Path(__file__).parents[2]
 TCP = "tcp://127.0.0.1:0"
@@ -307,15 +307,15 @@ class Vanishing:
             await trio.sleep_forever()
         return data
 
-    async def send(self, buffers: Any) -> None:
-        if self.gone:
-            await trio.lowlevel.checkpoint()
-        else:
-            await self._inner.send(buffers)
+    def send_nowait(self, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
+        return () if self.gone else self._inner.send_nowait(buffers)
 
-    async def send_eof(self) -> None:
+    async def wait_writable(self) -> None:
+        await self._inner.wait_writable()
+
+    def send_eof(self) -> None:
         if not self.gone:
-            await self._inner.send_eof()
+            self._inner.send_eof()
 
     def close(self) -> None:
         if not self.gone:

@@ -124,11 +124,14 @@ class Far:
         await trio.sleep(self.delay)
         return data
 
-    async def send(self, buffers) -> None:
-        await self._inner.send(buffers)
+    def send_nowait(self, buffers):
+        return self._inner.send_nowait(buffers)
 
-    async def send_eof(self) -> None:
-        await self._inner.send_eof()
+    async def wait_writable(self) -> None:
+        await self._inner.wait_writable()
+
+    def send_eof(self) -> None:
+        self._inner.send_eof()
 
     def close(self) -> None:
         self._inner.close()

@@ -299,6 +299,11 @@ def buffers_of_all_sizes() -> list[bytes | bytearray | memoryview]:
     return [kinds[i % 3](bytes([i % 251]) * size) for i, size in enumerate(sizes)]
 
 
+async def send_all(transport, buffers) -> None:
+    while buffers := transport.send_nowait(buffers):
+        await transport.wait_writable()
+
+
 async def carried(sender, receiver, buffers) -> bytes:
     received = bytearray()
 
@@ -308,8 +313,8 @@ async def carried(sender, receiver, buffers) -> bytes:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(receive)
-        await sender.send(buffers)
-        await sender.send_eof()
+        await send_all(sender, buffers)
+        sender.send_eof()
     return bytes(received)
 
 
@@ -318,14 +323,49 @@ async def test_buffers_of_all_sizes_cross_a_socket_that_takes_little_at_a_time()
     sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10_000)
     near, far = (accepted_transport(trio.SocketStream(end)) for end in sockets)
     buffers = buffers_of_all_sizes()
-    await near.send([])
-    await near.send([b"", b""])
+    assert not near.send_nowait([])
+    assert not near.send_nowait([b"", b""])
     assert await carried(near, far, buffers) == b"".join(buffers)
-    await far.send([b"the", b"", b" end"])
+    assert not far.send_nowait([b"the", b"", b" end"])
     far.close()
     assert await near.receive() == b"the end"
     assert await near.receive() == b""
     near.close()
+    near.close()
+
+
+async def test_a_closed_socket_transport_says_so_and_wakes_who_waits():
+    sockets = trio.socket.socketpair()
+    near, far = (accepted_transport(trio.SocketStream(end)) for end in sockets)
+
+    async def receive() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await near.receive()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await trio.testing.wait_all_tasks_blocked()
+        near.close()
+    for use in (near.receive, near.wait_writable):
+        with pytest.raises(trio.ClosedResourceError):
+            await use()
+    with pytest.raises(trio.ClosedResourceError):
+        near.send_nowait([b"x"])
+    with pytest.raises(trio.ClosedResourceError):
+        near.send_eof()
+    assert await far.receive() == b""
+    far.close()
+
+
+async def test_a_transport_whose_peer_is_gone_is_broken():
+    sockets = trio.socket.socketpair()
+    near, far = (accepted_transport(trio.SocketStream(end)) for end in sockets)
+    far.send_nowait([b"unread"])
+    near.send_nowait([b"unread"])
+    far.close()
+    with pytest.raises(trio.BrokenResourceError):
+        while True:
+            near.send_nowait([b"x"])
     near.close()
 
 
@@ -341,7 +381,7 @@ async def test_a_closed_memory_transport_is_broken_for_both(end):
     ends[end].close()
     for transport in ends:
         with pytest.raises(trio.BrokenResourceError):
-            await transport.send([b"x"])
+            transport.send_nowait([b"x"])
     with pytest.raises(trio.BrokenResourceError):
         await ends[end].receive()
     assert await ends[1 - end].receive() == b""

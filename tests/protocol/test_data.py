@@ -218,12 +218,16 @@ def test_a_call_with_an_inline_reply_has_nothing_to_read() -> None:
 def test_a_sender_is_told_when_to_wait_and_when_to_go_on() -> None:
     two = narrow()
     mine, yours = two.accept(more=True)
+    assert two.client.has_room(mine)
     assert two.client.send(mine, bytes(200_000))
+    assert two.client.has_room(mine)
     assert not two.client.send(mine, bytes(100_000))
     two.run()
     assert two.client_events == []
+    assert not two.client.has_room(mine)
     take_all(two, yours)
     assert two.client_events == [Writable(mine)]
+    assert two.client.has_room(mine)
     assert two.client.send(mine, b"more")
 
 

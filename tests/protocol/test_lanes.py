@@ -132,7 +132,7 @@ def test_calls_do_not_keep_data_of_their_own_lane_waiting() -> None:
 
 def test_nothing_waits_in_empty_lanes() -> None:
     lanes: Lanes[str] = Lanes()
-    assert not lanes
+    assert not lanes.waiting
     assert lanes.next() is None
     lanes.add("a", BULK)
     lanes.add("b", NORMAL)
