@@ -14,7 +14,6 @@ context, so that what it sets in context variables doesn't reach the next one.
 
 import logging
 import math
-from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from typing import Final
@@ -90,6 +89,20 @@ class Dispatcher:
         session: the connection.
     """
 
+    __slots__ = (
+        "_active",
+        "_core",
+        "_idle",
+        "_led",
+        "_nursery",
+        "_queue",
+        "_table",
+        "_totals",
+        "_waking",
+        "_workers",
+        "session",
+    )
+
     def __init__(
         self,
         table: Mapping[str, Entry],
@@ -103,7 +116,7 @@ class Dispatcher:
         self._table = table
         self._nursery = nursery
         self._totals = totals
-        self._queue: deque[Stream] = deque()
+        self._queue: list[Stream] = []  # from last to first: calls are taken off its end
         self._workers: dict[_Worker, None] = {}
         self._idle: list[Task] = []
         self._waking = False  # a successor is on its way
@@ -120,7 +133,7 @@ class Dispatcher:
             self._totals.calls_started += len(event.calls)
             self._active += len(event.calls)
             # They come of what a worker does, reading or replying; it goes on with the queue.
-            self._queue.extend(event.calls)
+            self._queue[:0] = event.calls[::-1]
         elif isinstance(event, ResetReceived):
             self._stop(event.stream, Outcome(Status.CANCELLED))
         elif isinstance(event, Stalled):
@@ -188,7 +201,7 @@ class Dispatcher:
                 begun += 1
                 if begun % BATCH == 0:
                     self.session.write()
-                call = queue.popleft()
+                call = queue.pop()
                 if call.final is not None or call.state not in (State.OPEN, State.CALLED):
                     continue
                 run = self._begin(worker, call)

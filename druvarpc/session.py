@@ -103,8 +103,8 @@ class Session:
         "_handle",
         "_handling",
         "_on_end",
+        "_over",
         "_parted",
-        "_scope",
         "_sleeping",
         "_timer",
         "_unsent",
@@ -142,8 +142,8 @@ class Session:
         self._write_began = math.inf  # when the transport took no more
         self._parted = False  # all has been written, and no more will be
         self._goodbye_at = math.inf
-        self._timer = trio.CancelScope()
-        self._scope = trio.CancelScope()
+        self._over = False  # `run` returns
+        self._timer = trio.CancelScope()  # what `run` waits in
 
     def lost(self) -> ConnectionLost:
         """Return the error of calls on a connection that has ended."""
@@ -229,7 +229,7 @@ class Session:
     def _break(self, error: Exception) -> None:
         self.fail(f"the connection broke: {error}", error)
         self._unsent, self._parted = (), True
-        self._scope.cancel()
+        self._stop()
 
     # Reading.
 
@@ -247,7 +247,7 @@ class Session:
         if not data:
             if not core.drained:
                 self.fail("the peer closed the connection")
-            self._scope.cancel()
+            self._stop()
             return False
         self.bytes_received += len(data)
         core.receive_data(data, self.now())
@@ -270,11 +270,10 @@ class Session:
         `failure` says how it went; nothing is raised but on cancellation, which closes at once.
         """
         try:
-            with self._scope:
-                while True:
-                    with trio.CancelScope(deadline=self._next_time()) as self._timer:
-                        await self._write_all()
-                    self._expire(self.now())
+            while not self._over:
+                with trio.CancelScope(deadline=self._next_time()) as self._timer:
+                    await self._write_all()
+                self._expire(self.now())
         finally:
             self._end()
             self.transport.close()
@@ -299,10 +298,10 @@ class Session:
 
     def _expire(self, now: float) -> None:
         if now >= self._goodbye_at:
-            self._scope.cancel()
+            self._stop()
         elif now >= self._write_began + self.core.limits.stall_timeout:
             self.fail(f"the peer read nothing for {self.core.limits.stall_timeout:g} s")
-            self._scope.cancel()
+            self._stop()
         else:
             self.core.handle_timer(now)
             self.handle_events()
@@ -327,6 +326,10 @@ class Session:
         self._set_timer()
         self._end()
         self.flush()
+
+    def _stop(self) -> None:
+        self._over = True
+        self._timer.cancel()
 
     def _end(self) -> None:
         if not self.ended:

@@ -7,7 +7,9 @@ is free again when its reply has been given to `data_to_send`'s caller, so that 
 read can't make replies pile up.
 """
 
-from collections import deque
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Final
 
 from druvarpc.errors import LocalProtocolError, RemoteProtocolError, RpcError, Status
 from druvarpc.protocol import frames
@@ -23,7 +25,7 @@ from druvarpc.protocol.clubs import (
 )
 from druvarpc.protocol.events import AuthReceived, CallsReceived, Readable, ResetReceived
 from druvarpc.protocol.frames import Buffer, Metadata
-from druvarpc.protocol.lanes import ORDER, Priority
+from druvarpc.protocol.lanes import Priority
 from druvarpc.protocol.streams import Club, Input, State, Stream
 from druvarpc.protocol.wire import MAX_CLUB, Wire, data_cost
 
@@ -35,12 +37,12 @@ class Callee:
         wire: what the connection's parts share.
     """
 
+    __slots__ = ("_ended", "_held", "_names", "_queues", "_unsent", "_wire")
+
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
         self._names = MethodNames()
-        self._queues: dict[Priority, deque[tuple[int, list[object]]]] = {
-            lane: deque() for lane in ORDER
-        }
+        self._queues: dict[Priority, list[tuple[int, list[object]]]] = defaultdict(list)
         self._unsent = 0
         self._held: dict[Stream, None] = {}
         # Calls of clubs that have ended, with their results, until those waiting for them know.
@@ -144,17 +146,18 @@ class Callee:
 
     def send_club(self, lane: Priority, out: list[Buffer], now: float) -> tuple[int, bool]:
         """Send the replies at the head of a lane's queue."""
-        queue, replies, left = self._queues[lane], list[list[object]](), MAX_CLUB
-        while queue:
-            left -= queue[0][0]
-            if replies and left < 0:
+        queue, left, count = self._queues[lane], MAX_CLUB, 0
+        for size, _ in queue:
+            left -= size
+            if count and left < 0:
                 break
-            replies.append(queue.popleft()[1])
-        frame = encode_replies(replies)
+            count += 1
+        frame = encode_replies([item for _, item in queue[:count]])
+        del queue[:count]
         out.append(frame)
-        self._unsent -= len(replies)
+        self._unsent -= count
         self._wire.clubs_sent += 1
-        self._wire.calls_clubbed += len(replies) if len(replies) > 1 else 0
+        self._wire.calls_clubbed += count if count > 1 else 0
         return len(frame), bool(queue)
 
     def sent(self, stream: Stream, *, ended: bool) -> None:
@@ -253,6 +256,14 @@ class Callee:
 
     # Frames from the client.
 
+    def handle(self, frame: Frame, now: float) -> bool:
+        """Do what a frame demands that only a server receives; return whether it is one."""
+        handler = _HANDLERS.get(frame.kind)
+        if handler is None:
+            return False
+        handler(self, frame, now)
+        return True
+
     def on_calls(self, frame: Frame, now: float) -> None:
         """Accept the calls of a club."""
         wire = self._wire
@@ -349,3 +360,11 @@ class Callee:
         self._wire.patience.charge(now)
         token, metadata = frames.decode_auth(frame.body, self._wire.accepted.max_metadata)
         self._wire.events.append(AuthReceived(token, metadata))
+
+
+_HANDLERS: Final[Mapping[int, Callable[[Callee, Frame, float], None]]] = {
+    frames.CALLS: Callee.on_calls,
+    frames.DATA: Callee.on_data,
+    frames.RESET: Callee.on_reset,
+    frames.AUTH: Callee.on_auth,
+}

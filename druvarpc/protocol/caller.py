@@ -5,8 +5,9 @@ that ids follow one another on the wire whatever overtook what. A queue that fin
 server's `max_calls` takes no turn until a call has been CLOSED.
 """
 
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 from druvarpc.errors import LocalProtocolError, RemoteProtocolError, Status
 from druvarpc.protocol import frames
@@ -26,7 +27,7 @@ from druvarpc.protocol.events import (
     RepliesReceived,
 )
 from druvarpc.protocol.frames import Buffer
-from druvarpc.protocol.lanes import ORDER, Priority
+from druvarpc.protocol.lanes import Priority
 from druvarpc.protocol.streams import Input, State, Stream
 from druvarpc.protocol.wire import MAX_CLUB, Wire
 
@@ -39,19 +40,20 @@ class Caller:
         clubbing: how calls gather.
 
     Attributes:
-        linger: when calls that linger go out, None if none does.
+        deadline: when calls that linger go out, None if none does.
+        wire: what the connection's parts share.
     """
 
+    __slots__ = ("_abandoned", "_clubbing", "_names", "_queues", "deadline", "wire")
+
     def __init__(self, wire: Wire, clubbing: Clubbing) -> None:
-        self.linger: float | None = None
-        self._wire = wire
+        self.deadline: float | None = None
+        self.wire = wire
         self._clubbing = clubbing
         self._names = MethodNames()
         self._abandoned = 0
         # A list is an explicit club; it is cut only where there is no room for all of it.
-        self._queues: dict[Priority, deque[Stream | list[Stream]]] = {
-            lane: deque() for lane in ORDER
-        }
+        self._queues: dict[Priority, deque[Stream | list[Stream]]] = defaultdict(deque)
 
     @property
     def waiting(self) -> bool:
@@ -66,15 +68,15 @@ class Caller:
         queue = self._queues[stream.lane]
         queue.append(stream)
         if not self._clubbing.linger or len(queue) >= self._clubbing.max_calls:
-            self._wire.outflow.offer_club(stream.lane)
-        elif self.linger is None:
-            self.linger = now + self._clubbing.linger
+            self.wire.outflow.offer_club(stream.lane)
+        elif self.deadline is None:
+            self.deadline = now + self._clubbing.linger
 
     def club(self, calls: Sequence[Stream]) -> None:
         """Queue calls that go out in one frame; arguments too large for it go as data."""
         if len({call.lane for call in calls}) != 1:
             raise LocalProtocolError("a club has at least one call, and all in one lane")
-        most = min(self._wire.peer.max_club, self._wire.peer.max_calls)
+        most = min(self.wire.peer.max_club, self.wire.peer.max_calls)
         if len(calls) > most:
             raise LocalProtocolError(f"a club of {len(calls)} calls; the server takes {most}")
         for index, call in enumerate(calls):
@@ -91,7 +93,7 @@ class Caller:
             raise LocalProtocolError(f"a club of {size} bytes without its arguments")
         lane = calls[0].lane
         self._queues[lane].append(list(calls))
-        self._wire.outflow.offer_club(lane)
+        self.wire.outflow.offer_club(lane)
 
     def reset(self, stream: Stream, code: int, message: str, now: float) -> None:
         """Abandon a call; of one that is CLOSED drop what can still be read."""
@@ -99,11 +101,11 @@ class Caller:
             self._abandon(stream)
         elif stream.state in (State.OPEN, State.CALLED):
             self._end(stream, code, message)
-        self._wire.inflow.close(stream, now)
+        self.wire.inflow.close(stream, now)
 
     def _abandon(self, stream: Stream) -> None:
         stream.abandoned = True
-        self._wire.outflow.close(stream)
+        self.wire.outflow.close(stream)
         self._abandoned += 1
         # A server that takes no more calls must not make those that gave up waiting pile up here;
         # to look for each in the queue would cost the square of their number.
@@ -116,14 +118,14 @@ class Caller:
 
     def end(self, stream: Stream) -> None:
         """End the client's direction of a call, after what waits to be sent."""
-        self._wire.outflow.open(stream).ending = True
+        self.wire.outflow.open(stream).ending = True
         if stream.id:
-            self._wire.outflow.offer(stream)
+            self.wire.outflow.offer(stream)
 
     def expire(self, now: float) -> None:
         """Let calls go that have lingered long enough."""
-        if self.linger is not None and now >= self.linger:
-            self.linger = None
+        if self.deadline is not None and now >= self.deadline:
+            self.deadline = None
             self.offer()
 
     def give_up(self, last: int, now: float) -> list[Stream]:
@@ -132,17 +134,17 @@ class Caller:
         Returns:
             those of them that haven't been abandoned.
         """
-        refused = [call for id, call in self._wire.streams.items() if id > last]
+        refused = [call for id, call in self.wire.streams.items() if id > last]
         for call in refused:
-            del self._wire.streams[call.id]
-            self._wire.inflow.close(call, now)
+            del self.wire.streams[call.id]
+            self.wire.inflow.close(call, now)
             call.abandoned = call.state is State.RESET
         for queue in self._queues.values():
             for entry in queue:
                 refused += [entry] if isinstance(entry, Stream) else entry
             queue.clear()
         for call in refused:
-            self._wire.outflow.close(call)
+            self.wire.outflow.close(call)
             call.state = State.CLOSED
         return [call for call in refused if not call.abandoned]
 
@@ -150,7 +152,7 @@ class Caller:
 
     def send_club(self, lane: Priority, out: list[Buffer], now: float) -> tuple[int, bool]:
         """Send the calls at the head of a lane's queue that there is room for."""
-        wire, queue = self._wire, self._queues[lane]
+        wire, queue = self.wire, self._queues[lane]
         calls = self._next_club(queue, wire.peer.max_calls - len(wire.streams))
         if not calls:
             return 0, False
@@ -179,10 +181,10 @@ class Caller:
     def sent(self, stream: Stream, *, ended: bool) -> None:
         """Note that END has gone, if it has."""
         if ended:
-            self._wire.moved(stream, Input.END_UP)
+            self.wire.moved(stream, Input.END_UP)
 
     def _next_club(self, queue: deque[Stream | list[Stream]], room: int) -> list[Stream]:
-        peer = self._wire.peer
+        peer = self.wire.peer
         most = min(self._clubbing.max_calls, peer.max_club, room)
         left = min(self._clubbing.max_bytes, MAX_CLUB)
         inline = peer.max_inline
@@ -220,13 +222,13 @@ class Caller:
                 )
             queue.appendleft(rest)
         for call in calls:
-            call.inline = call.inline and len(call.payload or b"") <= self._wire.peer.max_inline
+            call.inline = call.inline and len(call.payload or b"") <= self.wire.peer.max_inline
         return calls
 
     def _open(self, call: Stream) -> None:
         """Give a call that sends data its window, and put arguments first that weren't inline."""
         call.state = State.OPEN
-        outflow = self._wire.outflow
+        outflow = self.wire.outflow
         outgoing = outflow.renew(call)
         if not call.inline:
             assert call.payload is not None
@@ -238,16 +240,16 @@ class Caller:
         """Let every queue that has calls take a turn."""
         for lane, queue in self._queues.items():
             if queue:
-                self._wire.outflow.offer_club(lane)
+                self.wire.outflow.offer_club(lane)
 
     def _end(self, stream: Stream, code: int, message: str) -> None:
-        wire = self._wire
+        wire = self.wire
         wire.outflow.close(stream)
         wire.control.append(frames.encode_reason(frames.RESET, code, message, id=stream.id))
         wire.moved(stream, Input.RESET_UP)
 
     def _check(self, call: Stream) -> None:
-        wire, names = self._wire, self._names
+        wire, names = self.wire, self._names
         if wire.sent_goaway is not None or wire.got_goaway is not None:
             raise LocalProtocolError("the connection takes no more calls")
         if call.state is not State.IDLE or call.payload is None:
@@ -259,9 +261,17 @@ class Caller:
 
     # Frames from the server.
 
+    def handle(self, frame: Frame, now: float) -> bool:
+        """Do what a frame demands that only a client receives; return whether it is one."""
+        handler = _HANDLERS.get(frame.kind)
+        if handler is None:
+            return False
+        handler(self, frame, now)
+        return True
+
     def on_replies(self, frame: Frame, now: float) -> None:
         """End the calls that a REPLIES frame answers."""
-        wire, event = self._wire, RepliesReceived([])
+        wire, event = self.wire, RepliesReceived([])
         try:
             for id, payload, outcome in decode_replies(frame.body, wire.accepted):
                 stream = wire.streams.get(id)
@@ -287,22 +297,22 @@ class Caller:
         finally:
             if event.replies:
                 wire.events.append(event)
-        if self.linger is None:
+        if self.deadline is None:
             self.offer()
 
     def on_data(self, frame: Frame, now: float) -> None:
         """Keep data of a reply."""
-        stream = self._wire.streams.get(frame.id)
+        stream = self.wire.streams.get(frame.id)
         if stream is None:
             raise RemoteProtocolError(f"DATA for call {frame.id}, which isn't open")
         if frame.flags & frames.END_STREAM:
             raise RemoteProtocolError("END from the server")
-        if self._wire.receive_data(stream, frame, Input.DATA_DOWN, now):
-            self._wire.events.append(Readable(stream))
+        if self.wire.receive_data(stream, frame, Input.DATA_DOWN, now):
+            self.wire.events.append(Readable(stream))
 
     def on_metadata(self, frame: Frame, now: float) -> None:
         """Tell of metadata that came ahead of a reply."""
-        wire = self._wire
+        wire = self.wire
         metadata = frames.decode_metadata(frame.body, wire.accepted.max_metadata)
         stream = wire.streams.get(frame.id)
         if stream is None:
@@ -314,6 +324,13 @@ class Caller:
         wire.move(stream, Input.METADATA_DOWN)
         if stream.state is not State.RESET:
             wire.events.append(MetadataReceived(stream, metadata))
+
+
+_HANDLERS: Final[Mapping[int, Callable[[Caller, Frame, float], None]]] = {
+    frames.REPLIES: Caller.on_replies,
+    frames.DATA: Caller.on_data,
+    frames.METADATA: Caller.on_metadata,
+}
 
 
 def _is_abandoned(entry: Stream | list[Stream]) -> bool:

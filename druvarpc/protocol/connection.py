@@ -16,7 +16,7 @@ After an error nothing more is read, `data_to_send` returns a last GOAWAY, and t
 true.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from druvarpc.errors import CloseCode, LocalProtocolError, RemoteProtocolError, Status
@@ -59,6 +59,22 @@ class Connection:
         closed: all has been sent and nothing more is read: the transport is to be closed.
     """
 
+    __slots__ = (
+        "_closing",
+        "_draining",
+        "_error",
+        "_farewell",
+        "_frames",
+        "_half",
+        "_liveness",
+        "_pongs",
+        "_told",
+        "_wire",
+        "closed",
+        "limits",
+        "role",
+    )
+
     def __init__(
         self,
         role: Role | str,
@@ -78,29 +94,15 @@ class Connection:
         self._farewell: list[Buffer] = []  # what is sent when closing
         self._error: RemoteProtocolError | None = None
         self._pongs = 0
-        self._caller = Caller(wire, clubbing or Clubbing())
-        self._callee = Callee(wire)
-        handlers: dict[int, Callable[[Frame, float], None]] = {
-            frames.SETTINGS: self._on_settings,
-            frames.PING: self._on_ping,
-            frames.PONG: self._on_pong,
-            frames.GOAWAY: self._on_goaway,
-            frames.CREDIT: self._on_credit,
-        }
+        self._told: list[Event] = []  # events in the order from last to first
+        self._half: Caller | Callee
         if self.role is Role.CLIENT:
-            wire.outflow.clubs = self._caller
-            handlers[frames.REPLIES] = self._caller.on_replies
-            handlers[frames.DATA] = self._caller.on_data
-            handlers[frames.METADATA] = self._caller.on_metadata
+            self._half = Caller(wire, clubbing or Clubbing())
             sender = Role.SERVER
         else:
-            wire.outflow.clubs = self._callee
-            handlers[frames.CALLS] = self._callee.on_calls
-            handlers[frames.DATA] = self._callee.on_data
-            handlers[frames.RESET] = self._callee.on_reset
-            handlers[frames.AUTH] = self._callee.on_auth
+            self._half = Callee(wire)
             sender = Role.CLIENT
-        self._handlers = handlers
+        wire.outflow.clubs = self._half
         self._frames = FrameBuffer(sender, limits.max_frame)
 
     def __repr__(self) -> str:
@@ -129,7 +131,7 @@ class Connection:
         """Whether one of the ends drains, and every call has ended and been sent."""
         wire = self._wire
         draining = wire.sent_goaway is not None or wire.got_goaway is not None
-        return draining and not (wire.streams or self._caller.waiting or self._callee.waiting)
+        return draining and not (wire.streams or self._half.waiting)
 
     @property
     def open_calls(self) -> int:
@@ -167,8 +169,12 @@ class Connection:
         Raises:
             RemoteProtocolError: the peer broke the protocol; all events before that were returned.
         """
-        if self._wire.events:
-            return self._wire.events.popleft()
+        if not self._told and self._wire.events:
+            # Turned round: off the end of a list, each is taken at once.
+            self._told = self._wire.events[::-1]
+            self._wire.events.clear()
+        if self._told:
+            return self._told.pop()
         if self._error is not None:
             # Each time without the traces of the times before, which would pile up.
             raise self._error.with_traceback(None)
@@ -187,11 +193,8 @@ class Connection:
         try:
             for frame in self._frames.feed(data):
                 completed = True
-                handler = self._handlers.get(frame.kind)
-                if handler is None:  # of the types that are ignored; others didn't get so far
-                    self._wire.patience.charge(now)
-                else:
-                    handler(frame, now)
+                if not self._half.handle(frame, now):
+                    self._handle(frame, now)
                 if self._closing:  # the peer said that it closes; nothing after that counts
                     return
         except RemoteProtocolError as error:
@@ -238,14 +241,10 @@ class Connection:
         if self._closing:
             return None
         deadline = self._liveness.deadline
-        outflow, linger, held = self._wire.outflow, self._caller.linger, self._callee.deadline
+        outflow, due = self._wire.outflow, self._half.deadline
         if outflow.stalled:
             deadline = min(deadline, outflow.stalled_since + self.limits.stall_timeout)
-        if linger is not None:
-            deadline = min(deadline, linger)
-        if held is not None:
-            deadline = min(deadline, held)
-        return deadline
+        return deadline if due is None else min(deadline, due)
 
     def handle_timer(self, now: float) -> None:
         """Do what is due at `now`."""
@@ -258,8 +257,7 @@ class Connection:
             self._error = error
             self.close(error.code, str(error))
             return
-        self._caller.expire(now)
-        self._callee.expire(now)
+        self._half.expire(now)
         for stream in self._wire.outflow.expire(now, self.limits.stall_timeout):
             if stream.final is None:
                 self._wire.events.append(Stalled(stream))
@@ -286,7 +284,7 @@ class Connection:
     @property
     def _goaway_due(self) -> bool:
         # CALLS must not come after it: a client's waits for the calls that were submitted before.
-        return self._draining and not self._caller.waiting
+        return self.role is Role.SERVER or not self._half.waiting
 
     def close(self, code: CloseCode = CloseCode.NO_ERROR, message: str = "") -> None:
         """End at once: GOAWAY is the last that is sent, all that waits is dropped."""
@@ -306,7 +304,6 @@ class Connection:
         Raises:
             LocalProtocolError: the connection takes no calls, or this one can't be sent.
         """
-        self._check_role(Role.CLIENT)
         self._caller.call(stream, now)
 
     def club(self, calls: Sequence[Stream]) -> None:
@@ -315,14 +312,12 @@ class Connection:
         Raises:
             LocalProtocolError: they can't be sent in one frame.
         """
-        self._check_role(Role.CLIENT)
         self._caller.club(calls)
 
     def reset(
         self, stream: Stream, now: float, code: int = Status.CANCELLED, message: str = ""
     ) -> None:
         """Abandon a call, wherever it stands: no reply will be told, what has come is dropped."""
-        self._check_role(Role.CLIENT)
         self._caller.reset(stream, code, message, now)
 
     def end(self, stream: Stream) -> None:
@@ -331,9 +326,9 @@ class Connection:
         Raises:
             LocalProtocolError: the stream has been ended, or nothing can be sent in it.
         """
-        self._check_role(Role.CLIENT)
+        caller = self._caller
         self._check_sending(stream)
-        self._caller.end(stream)
+        caller.end(stream)
 
     def authenticate(self, token: str, metadata: Metadata = ()) -> None:
         """Say who the client is, for the calls that go out after this.
@@ -341,11 +336,11 @@ class Connection:
         Raises:
             LocalProtocolError: the token or the metadata are too large.
         """
-        self._check_role(Role.CLIENT)
-        frames.check_outgoing_metadata(metadata, self.peer.max_metadata)
+        wire = self._caller.wire
+        frames.check_outgoing_metadata(metadata, wire.peer.max_metadata)
         if len(token.encode()) > frames.MAX_TOKEN:
             raise LocalProtocolError(f"a token of more than {frames.MAX_TOKEN} bytes")
-        self._wire.control.append(frames.encode_auth(token, metadata))
+        wire.control.append(frames.encode_auth(token, metadata))
 
     # The server's part.
 
@@ -367,10 +362,10 @@ class Connection:
         Raises:
             LocalProtocolError: it has been replied to, or the outcome can't be sent.
         """
-        self._check_role(Role.SERVER)
+        callee = self._callee
         if self._closing:
             return  # nothing is sent, and no call that waited for this one may begin
-        self._callee.reply(stream, payload, outcome, now, after_data=after_data)
+        callee.reply(stream, payload, outcome, now, after_data=after_data)
 
     def send_metadata(self, stream: Stream, metadata: Metadata) -> None:
         """Send metadata ahead of the reply and of all data.
@@ -378,7 +373,6 @@ class Connection:
         Raises:
             LocalProtocolError: it is too late for that, or the metadata are too large.
         """
-        self._check_role(Role.SERVER)
         self._callee.send_metadata(stream, metadata)
 
     # Data, both ways.
@@ -437,11 +431,34 @@ class Connection:
         if not self.can_send(stream):
             raise LocalProtocolError(f"nothing can be sent in {stream!r}")
 
-    def _check_role(self, role: Role) -> None:
-        if self.role is not role:
-            raise LocalProtocolError(f"only a {role} can do this")
+    @property
+    def _caller(self) -> Caller:
+        if not isinstance(self._half, Caller):
+            raise LocalProtocolError("only a client can do this")
+        return self._half
 
-    # Frames that both roles receive.
+    @property
+    def _callee(self) -> Callee:
+        if not isinstance(self._half, Callee):
+            raise LocalProtocolError("only a server can do this")
+        return self._half
+
+    # Frames that both roles receive; `Caller` and `Callee` have those that only one does.
+
+    def _handle(self, frame: Frame, now: float) -> None:
+        match frame.kind:
+            case frames.CREDIT:
+                self._wire.receive_credit(frame, now)
+            case frames.PING:
+                self._on_ping(frame, now)
+            case frames.PONG:
+                self._on_pong(frame, now)
+            case frames.SETTINGS:
+                self._on_settings(frame, now)
+            case frames.GOAWAY:
+                self._on_goaway(frame, now)
+            case _:  # of the types that are ignored; others didn't get so far
+                self._wire.patience.charge(now)
 
     def _on_settings(self, frame: Frame, now: float) -> None:
         wire = self._wire
@@ -452,7 +469,8 @@ class Connection:
             wire.streams.values(),
         )
         self._liveness.settled = True
-        self._caller.offer()
+        if self.role is Role.CLIENT:
+            self._caller.offer()
         wire.events.append(SettingsReceived(wire.peer))
         self.ping(now)
 
@@ -467,9 +485,6 @@ class Connection:
         sample = self._liveness.pong(frame.id, now)
         self._wire.inflow.rtt = self._liveness.rtt
         self._wire.events.append(PongReceived(frame.id, sample))
-
-    def _on_credit(self, frame: Frame, now: float) -> None:
-        self._wire.receive_credit(frame, now)
 
     def _on_goaway(self, frame: Frame, now: float) -> None:
         wire = self._wire

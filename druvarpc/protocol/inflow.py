@@ -34,6 +34,17 @@ class Inflow:
         due: the credit to give, by stream; 0 is the connection.
     """
 
+    __slots__ = (
+        "_budget",
+        "_favoured",
+        "_limits",
+        "_receiving",
+        "_starving",
+        "due",
+        "rtt",
+        "window",
+    )
+
     def __init__(self, limits: Limits, receiving: Set[State]) -> None:
         self.rtt: float | None = None
         self._limits = limits

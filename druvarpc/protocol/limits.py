@@ -1,6 +1,7 @@
 """What one endpoint accepts, how long it waits, and how much useless work it bears."""
 
 from dataclasses import dataclass, fields
+from typing import Final
 
 from druvarpc.errors import CloseCode, RemoteProtocolError
 from druvarpc.protocol.frames import Settings
@@ -66,8 +67,10 @@ class Patience:
     its rights, and no sustained rate above `LEAK`.
     """
 
-    MOST = 20_000
-    LEAK = 1_000  # a second
+    __slots__ = ("_at", "_level")
+
+    MOST: Final = 20_000
+    LEAK: Final = 1_000  # a second
 
     def __init__(self, now: float) -> None:
         self._level = 0.0

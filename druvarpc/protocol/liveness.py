@@ -1,6 +1,5 @@
 """Whether the peer is there: handshake, unfinished frames, keepalive and the round-trip time."""
 
-from collections import deque
 from typing import Final
 
 from druvarpc.errors import CloseCode, RemoteProtocolError
@@ -21,6 +20,19 @@ class Liveness:
         settled: the peer's settings have come.
     """
 
+    __slots__ = (
+        "_count",
+        "_frame",
+        "_handshake",
+        "_heard",
+        "_limits",
+        "_measured",
+        "_pings",
+        "_samples",
+        "rtt",
+        "settled",
+    )
+
     def __init__(self, limits: Limits, now: float) -> None:
         self.rtt: float | None = None
         self.settled = False
@@ -28,9 +40,9 @@ class Liveness:
         self._heard = now
         self._handshake = now + limits.handshake_timeout
         self._frame: float | None = None
-        self._pings: deque[tuple[int, float]] = deque()
+        self._pings: list[tuple[int, float]] = []
         self._count = 0
-        self._samples: deque[float] = deque(maxlen=_SAMPLES)
+        self._samples: list[float] = []
         self._measured = now
 
     def heard(self, now: float, *, in_frame: bool, completed: bool) -> None:
@@ -52,8 +64,8 @@ class Liveness:
         """Note a PONG; return the round-trip time that it measured, in seconds."""
         if not self._pings or self._pings[0][0] != id:
             raise RemoteProtocolError(f"PONG {id} answers no PING")
-        sample = now - self._pings.popleft()[1]
-        self._samples.append(sample)
+        sample = now - self._pings.pop(0)[1]
+        self._samples = [*self._samples[1 - _SAMPLES :], sample]
         self.rtt = min(self._samples)
         return sample
 

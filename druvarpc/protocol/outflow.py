@@ -6,7 +6,6 @@ out as clubs without credit. A stream that lacks credit leaves the lanes for `st
 back with the next CREDIT; nothing else waits for it.
 """
 
-from collections import deque
 from collections.abc import Iterable
 from typing import Final, Protocol
 
@@ -19,7 +18,7 @@ from druvarpc.protocol.frames import (
     Buffer,
     data_header,
 )
-from druvarpc.protocol.lanes import Lanes, Priority
+from druvarpc.protocol.lanes import ORDER, Lanes, Priority
 from druvarpc.protocol.streams import Backlog, Outgoing, Stream
 from druvarpc.protocol.windows import SendWindow
 
@@ -63,22 +62,34 @@ class Outflow:
         frames_sent: DATA frames sent.
     """
 
+    __slots__ = (
+        "_backlog",
+        "_events",
+        "_has_club",
+        "_stream_window",
+        "clubs",
+        "frames_sent",
+        "lanes",
+        "stalled",
+        "window",
+    )
+
     clubs: ClubSource
 
-    def __init__(self, window: int, events: deque[Event]) -> None:
+    def __init__(self, window: int, events: list[Event]) -> None:
         self.window = SendWindow(window)
         self.frames_sent = 0
         self._stream_window = window
         self._events = events
         self.lanes: Lanes[Stream | Priority] = Lanes()
-        self._has_club: set[Priority] = set()
+        self._has_club = [False] * len(ORDER)
         self.stalled: dict[Stream, None] = {}
         self._backlog = Backlog()
 
     def offer_club(self, lane: Priority) -> None:
         """Let a lane's queue of calls or replies take its turn."""
-        if lane not in self._has_club:
-            self._has_club.add(lane)
+        if not self._has_club[lane]:
+            self._has_club[lane] = True
             # In front: what is small waits for no stream of its own lane either.
             self.lanes.add_first(lane, lane)
 
@@ -167,7 +178,7 @@ class Outflow:
                 if more:
                     self.lanes.add(source, lane)
                 else:
-                    self._has_club.remove(lane)
+                    self._has_club[lane] = False
             else:
                 sent = self._send_data(source, out, now)
             self.lanes.sent(lane, sent)

@@ -24,6 +24,8 @@ _LEAST_RTT: Final = 0.001
 class Budget:
     """Bytes that several users share; what one has taken, the others can't."""
 
+    __slots__ = ("left", "size")
+
     def __init__(self, size: int) -> None:
         self.size = size
         self.left = size

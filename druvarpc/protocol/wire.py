@@ -4,7 +4,6 @@
 other; `Connection` holds all three.
 """
 
-from collections import deque
 from typing import Final
 
 from druvarpc.errors import CloseCode, RemoteProtocolError
@@ -17,6 +16,14 @@ from druvarpc.protocol.limits import Limits, Patience
 from druvarpc.protocol.outflow import Outflow
 from druvarpc.protocol.streams import Input, State, Stream
 
+# Where a side may still send, and so has a use for credit, and where it may receive.
+_DIRECTIONS: Final = {
+    Role.CLIENT: (
+        frozenset({State.OPEN}),
+        frozenset({State.IDLE, State.OPEN, State.CALLED}),
+    ),
+    Role.SERVER: (frozenset({State.OPEN, State.CALLED}), frozenset({State.OPEN})),
+}
 # A club stays below the least `max_frame`, with room for the head of the array.
 MAX_CLUB: Final = 64 * 1024 - 16
 
@@ -38,16 +45,31 @@ class Wire:
         calls_clubbed: calls or replies that went out in a frame with others.
     """
 
+    __slots__ = (
+        "_crossed",
+        "_sending",
+        "accepted",
+        "calls_clubbed",
+        "clubs_sent",
+        "control",
+        "events",
+        "got_goaway",
+        "inflow",
+        "last_id",
+        "limits",
+        "outflow",
+        "patience",
+        "peer",
+        "sent_goaway",
+        "streams",
+    )
+
     def __init__(self, role: Role, limits: Limits, now: float) -> None:
-        # Where this side may still send, and so has a use for credit, and where it may receive.
-        if role is Role.CLIENT:
-            self._sending, receiving = {State.OPEN}, {State.IDLE, State.OPEN, State.CALLED}
-        else:
-            self._sending, receiving = {State.OPEN, State.CALLED}, {State.OPEN}
+        self._sending, receiving = _DIRECTIONS[role]
         self.limits = limits
         self.accepted = limits.settings()
         self.peer = Settings()
-        self.events: deque[Event] = deque()
+        self.events: list[Event] = []
         self.control: list[Buffer] = [frames.PREFACE, frames.encode_settings(self.accepted)]
         self.streams: dict[int, Stream] = {}
         self.last_id = 0
