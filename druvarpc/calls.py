@@ -128,6 +128,10 @@ class Calls:
         self.nursery = nursery
         self._totals = totals
         self._active: dict[Call, None] = {}
+        # The task whose reply came last, if it came alone. The next call of such a one goes out at
+        # once, as long as no other is under way: who makes one call after the other would only wait
+        # for tasks that don't come.
+        self._lone: Task | None = None
 
     def check_open(self) -> None:
         """See to it that calls can be sent.
@@ -140,8 +144,8 @@ class Calls:
             error.not_started = True
             raise error
 
-    def submit(self, call: Call) -> None:
-        """Send a call.
+    def submit(self, call: Call, task: Task | None = None) -> None:
+        """Send a call, which `task` is going to wait for.
 
         Raises:
             ConnectionLost: the connection has ended or takes no more calls.
@@ -157,7 +161,10 @@ class Calls:
             raise RpcError(Status.INVALID_ARGUMENT, str(error)) from error
         self._active[call] = None
         self._totals.calls_started += 1
-        session.flush()
+        if task is not None and task is self._lone and len(self._active) == 1:
+            session.write()
+        else:
+            session.flush()
 
     def submit_club(self, calls: Sequence[Call]) -> None:
         """Send calls as one club; see `submit`."""
@@ -223,6 +230,7 @@ class Calls:
 
     def _end_all(self, replies: Sequence[tuple[Stream, bytes | None, Outcome | None]]) -> None:
         active, totals = self._active, self._totals
+        self._lone = None
         for call, payload, outcome in replies:
             assert isinstance(call, Call)
             if call not in active:
@@ -237,6 +245,8 @@ class Calls:
                 call.outcome = outcome
                 if outcome.status:
                     totals.calls_failed += 1
+            if len(replies) == 1:
+                self._lone = call.task
             call.finish()
 
     def _readable(self, call: Stream) -> None:

@@ -107,6 +107,7 @@ class Session:
         "_parted",
         "_sleeping",
         "_timer",
+        "_timer_at",
         "_unsent",
         "_write_began",
         "bytes_received",
@@ -143,6 +144,7 @@ class Session:
         self._parted = False  # all has been written, and no more will be
         self._goodbye_at = math.inf
         self._over = False  # `run` returns
+        self._timer_at = math.inf
         self._timer = trio.CancelScope()  # what `run` waits in
 
     def lost(self) -> ConnectionLost:
@@ -271,7 +273,8 @@ class Session:
         """
         try:
             while not self._over:
-                with trio.CancelScope(deadline=self._next_time()) as self._timer:
+                self._timer_at = self._next_time()
+                with trio.CancelScope(deadline=self._timer_at) as self._timer:
                     await self._write_all()
                 self._expire(self.now())
         finally:
@@ -317,8 +320,8 @@ class Session:
     def _set_timer(self) -> None:
         """Let the timer wake earlier if it must; one that wakes too early finds nothing to do."""
         at = self._next_time()
-        if at < self._timer.deadline:
-            self._timer.deadline = at
+        if at < self._timer_at:
+            self._timer_at = self._timer.deadline = at
 
     def _close(self) -> None:
         """Let the last GOAWAY go out; it has its time for that."""

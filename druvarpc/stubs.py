@@ -4,7 +4,7 @@ import inspect
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
-from trio.lowlevel import current_task, wait_task_rescheduled
+from trio.lowlevel import Task, current_task, wait_task_rescheduled
 
 from druvarpc.calls import Call, Calls, Options
 from druvarpc.service import Cardinality, Method, Service, methods_of
@@ -53,13 +53,14 @@ class UnaryMethod(StubMethod):
         return self._call(self.method.encode_call(args, kwargs)[0])
 
     async def _call(self, payload: bytes) -> Any:
-        call = self.begin(payload)
-        call.task = current_task()
+        task = current_task()
+        call = self.begin(payload, task)
+        call.task = task
         await wait_task_rescheduled(call.cancelled)
         return self.decode(call) if call.plain else await self.result(call)
 
-    def begin(self, payload: bytes) -> Call:
-        """Send a call, which is waited for in another step.
+    def begin(self, payload: bytes, task: Task | None = None) -> Call:
+        """Send a call, which `task` is going to wait for, or somebody in another step.
 
         Raises:
             ConnectionLost: the connection has ended or takes no more calls.
@@ -69,7 +70,7 @@ class UnaryMethod(StubMethod):
         call = Call(
             self.calls, self.method.name, payload, lane=options.lane, metadata=options.metadata
         )
-        self.calls.submit(call)
+        self.calls.submit(call, task)
         return call
 
     async def result(self, call: Call) -> Any:

@@ -8,7 +8,7 @@ message. A header is checked as soon as it is there, before its body is awaited.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from druvarpc.errors import CloseCode, RemoteProtocolError
 from druvarpc.protocol.frames import (
@@ -30,7 +30,7 @@ from druvarpc.protocol.frames import (
 _SMALL: Final = 4096
 
 
-class Frame(NamedTuple):
+class Frame:
     """One frame.
 
     Attributes:
@@ -38,11 +38,15 @@ class Frame(NamedTuple):
         pieces: the body as it lies in the input; one piece of it at least.
     """
 
-    kind: int
-    flags: int
-    id: int
-    size: int
-    pieces: Sequence[Buffer]
+    __slots__ = ("flags", "id", "kind", "pieces", "size")
+
+    # Neither a named tuple nor a dataclass: both are slower to make.
+    def __init__(self, kind: int, flags: int, id: int, size: int, pieces: Sequence[Buffer]) -> None:
+        self.kind = kind
+        self.flags = flags
+        self.id = id
+        self.size = size
+        self.pieces = pieces
 
     @property
     def body(self) -> Buffer:

@@ -78,8 +78,9 @@ class Liveness:
         """When `expire` must be called next."""
         if not self.settled:
             return self._handshake
-        silence = self._silence()
-        return silence if self._frame is None else min(silence, self._frame)
+        if self._frame is None:
+            return self._silence()
+        return min(self._silence(), self._frame)
 
     def expire(self, now: float) -> bool:
         """Do what time demands: tell whether a PING is to be sent.

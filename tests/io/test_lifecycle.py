@@ -343,7 +343,15 @@ async def some_of_everything(client: druvarpc.Client) -> None:
         for _ in range(3):
             yield b"z" * 50_000
 
+    async def many():
+        for _ in range(10):
+            yield b"z" * 300_000
+
     assert await work.gather(three()) == 150_000
+    # More than there is room for at once, so that senders wait.
+    assert await work.gather(many()) == 3_000_000
+    async with aclosing(work.pour(10, 300_000)) as items:
+        assert [len(item) async for item in items] == [300_000] * 10
     async with aclosing(work.pour(3, 50_000)) as items:
         assert [len(item) async for item in items] == [50_000] * 3
     async with aclosing(work.pour(100, 50_000)) as items:
