@@ -196,7 +196,8 @@ class Session:
         if core.wants_to_send:
             now = self.now()
             buffers = core.data_to_send(now)
-            self.handle_events()
+            if core.has_events:
+                self.handle_events()
             self._send(buffers, now)
             if self._unsent or core.wants_to_send:
                 self.flush()
@@ -254,7 +255,9 @@ class Session:
         self.bytes_received += len(data)
         core.receive_data(data, self.now())
         self.handle_events()
-        self._set_timer()
+        at = core.next_deadline()
+        if at is not None and at < self._timer_at:
+            self._set_timer()
         return True
 
     async def read_all(self) -> None:

@@ -63,6 +63,7 @@ class FrameBuffer:
     """
 
     __slots__ = (
+        "_between",
         "_has_settings",
         "_head",
         "_held",
@@ -81,6 +82,7 @@ class FrameBuffer:
         self._need = len(PREFACE)
         self._head: tuple[int, int, int, int] | None = None  # of the frame whose body is arriving
         self._in_preface = True
+        self._between = False  # nothing of the next frame has come
         self._has_settings = False
 
     @property
@@ -100,37 +102,45 @@ class FrameBuffer:
         view = memoryview(data)
         start, end = 0, len(view)
         while start < end:
-            size = self._need - self._held
-            if size > end - start:
-                self._hold(view[start:])
-                return
-            piece = view[start : start + size]
-            start += size
-            pieces: Sequence[Buffer] = (piece,)
-            if self._held:
-                self._hold(piece)
-                pieces, self._pieces, self._held = self._pieces, [], 0
-            if self._head is not None:
-                frame = Frame(*self._head, pieces)
-                self._head = None
-                self._need = HEADER_SIZE
-                yield frame
-            elif self._in_preface:
-                self._end_preface(_joined(pieces))
+            if self._between and end - start >= HEADER_SIZE:
+                head, tail = unpack_header(view, start)
+                start += HEADER_SIZE
             else:
+                size = min(self._need - self._held, end - start)
+                self._hold(view[start : start + size])
+                start += size
+                if self._held < self._need:
+                    return
+                pieces, self._pieces, self._held = self._pieces, [], 0
+                if self._in_preface:
+                    self._end_preface(_joined(pieces))
+                    continue
+                if self._head is not None:
+                    frame = Frame(*self._head, pieces)
+                    self._await_header()
+                    yield frame
+                    continue
                 head, tail = unpack_header(_joined(pieces))
-                kind, length, flags, id = head >> 24, head & 0xFFFFFF, tail >> 56, tail & MAX_ID
-                self._check(kind, length, flags, id)
-                if length > end - start:
-                    self._head = kind, flags, id, length
-                    self._need = length
-                else:
-                    stop = start + length
-                    yield Frame(kind, flags, id, length, (view[start:stop],))
-                    start = stop
+                self._between = True
+            kind, length, flags, id = head >> 24, head & 0xFFFFFF, tail >> 56, tail & MAX_ID
+            self._check(kind, length, flags, id)
+            if length <= end - start:
+                body = view[start : start + length]
+                start += length
+                yield Frame(kind, flags, id, length, (body,))
+            else:
+                self._head = kind, flags, id, length
+                self._need = length
+                self._between = False
+
+    def _await_header(self) -> None:
+        self._head = None
+        self._need = HEADER_SIZE
+        self._between = True
 
     def _hold(self, piece: memoryview) -> None:
         self._held += len(piece)
+        self._between = False
         if len(piece) >= _SMALL:
             self._pieces.append(piece)
             return
@@ -147,7 +157,7 @@ class FrameBuffer:
                 f"protocol version {version} instead of {VERSION}", CloseCode.VERSION_MISMATCH
             )
         self._in_preface = False
-        self._need = HEADER_SIZE
+        self._await_header()
 
     def _check(self, kind: int, length: int, flags: int, id: int) -> None:
         most = self._max_frame if self._has_settings else MAX_FIRST_FRAME

@@ -163,6 +163,11 @@ class Connection:
         """Calls or replies that went out in a frame with others."""
         return self._wire.calls_clubbed
 
+    @property
+    def has_events(self) -> bool:
+        """Whether `next_event` has something to tell, an error included."""
+        return bool(self._told or self._wire.events) or self._error is not None
+
     def next_event(self) -> Event | None:
         """Return the next event, or None if there is none yet.
 
@@ -201,8 +206,8 @@ class Connection:
             self._error = error
             self.close(error.code, str(error))
             return
-        self._liveness.heard(now, in_frame=self._frames.in_frame, completed=completed)
-        if self._liveness.measurement_due(now):
+        in_frame = self._frames.in_frame
+        if self._liveness.heard(now, in_frame=in_frame, completed=completed):
             self.ping(now)
 
     @property

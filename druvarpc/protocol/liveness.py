@@ -45,13 +45,18 @@ class Liveness:
         self._samples: list[float] = []
         self._measured = now
 
-    def heard(self, now: float, *, in_frame: bool, completed: bool) -> None:
-        """Note that bytes have come: whether they completed a frame, and whether one has begun."""
+    def heard(self, now: float, *, in_frame: bool, completed: bool) -> bool:
+        """Note that bytes have come: whether they completed a frame, and whether one has begun.
+
+        Returns:
+            whether the round-trip time should be measured again.
+        """
         self._heard = now
         if not in_frame:
             self._frame = None
         elif completed or self._frame is None:
             self._frame = now + self._limits.frame_timeout
+        return now - self._measured >= _MEASURE and not self._pings
 
     def ping(self, now: float) -> int:
         """Note that a PING is sent; return its id."""
@@ -69,18 +74,13 @@ class Liveness:
         self.rtt = min(self._samples)
         return sample
 
-    def measurement_due(self, now: float) -> bool:
-        """Tell whether the round-trip time should be measured again."""
-        return not self._pings and now - self._measured >= _MEASURE
-
     @property
     def deadline(self) -> float:
         """When `expire` must be called next."""
         if not self.settled:
             return self._handshake
-        if self._frame is None:
-            return self._silence()
-        return min(self._silence(), self._frame)
+        silence = self._silence() if self._pings else self._heard + self._limits.keepalive_interval
+        return silence if self._frame is None else min(silence, self._frame)
 
     def expire(self, now: float) -> bool:
         """Do what time demands: tell whether a PING is to be sent.

@@ -168,10 +168,7 @@ class Outflow:
     def send(self, out: list[Buffer], most: int, now: float) -> None:
         """Add to `out` what goes next, about `most` bytes of it."""
         size = 0
-        while size < most:
-            turn = self.lanes.next()
-            if turn is None:
-                break
+        while size < most and (turn := self.lanes.next()) is not None:
             source, lane = turn
             if isinstance(source, Priority):
                 sent, more = self.clubs.send_club(lane, out, now)
