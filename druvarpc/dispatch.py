@@ -176,6 +176,8 @@ class Dispatcher:
         else:
             self._nursery.start_soon(self.work)
 
+    # An interrupt is for the program's main task, or for a handler, not for what is in between.
+    @trio.lowlevel.enable_ki_protection
     async def work(self) -> None:
         """Be a worker, as long as there is something to do or few others are idle."""
         self._waking = False
@@ -280,6 +282,7 @@ class Dispatcher:
         else:
             self._end(worker, call, payload, None)
 
+    @trio.lowlevel.disable_ki_protection
     async def _answer(self, worker: _Worker, entry: Entry, call: Stream) -> bytes | None:
         """Run a handler; return the payload of the reply, None for a streaming method."""
         method, handler = entry.method, entry.handler

@@ -260,6 +260,7 @@ class Session:
             self._set_timer()
         return True
 
+    @trio.lowlevel.enable_ki_protection
     async def read_all(self) -> None:
         """Read until the end."""
         core = self.core
@@ -269,6 +270,7 @@ class Session:
 
     # Time, and the life of the connection.
 
+    @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
         """Keep the connection until it ends, and close its transport.
 
