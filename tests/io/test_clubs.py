@@ -94,6 +94,38 @@ async def test_their_replies_share_frames_too():
     assert statistics.calls_clubbed > 90
 
 
+async def test_replies_do_not_wait_for_the_handlers_of_a_whole_club():
+    """The client can work on the first of them while handlers of the later calls run."""
+    sent_before_each = []
+
+    class Watched(MemoryVault):
+        async def add(self, a: int, b: int = 1) -> int:
+            sent_before_each.append(server.statistics().clubs_sent)
+            return a + b
+
+    async with served([Watched()]) as server, druvarpc.connect(server.addresses[0]) as client:
+        async with trio.open_nursery() as nursery:
+            for number in range(200):
+                nursery.start_soon(client.stub(Vault).add, number, 1)
+        assert client.statistics().clubs_sent == 1
+    assert sent_before_each[0] == 0
+    assert sent_before_each[-1] >= 2
+
+
+async def test_calls_that_start_together_share_a_frame_after_a_call_alone_too():
+    async with connected([MemoryVault()]) as client:
+        vault = client.stub(Vault)
+        for number in range(3):
+            await vault.add(number, 1)
+        before = client.statistics()
+        async with trio.open_nursery() as nursery:
+            for number in range(100):
+                nursery.start_soon(vault.add, number, 1)
+        after = client.statistics()
+    assert after.clubs_sent == before.clubs_sent + 1
+    assert after.calls_clubbed == before.calls_clubbed + 100
+
+
 async def test_one_call_alone_is_not_clubbed():
     statistics = await clubs_of(1)
     assert statistics.clubs_sent == 1
