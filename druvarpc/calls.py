@@ -16,6 +16,7 @@ from trio.lowlevel import Abort, RaiseCancelT, Task, reschedule
 
 from druvarpc.codec import printable
 from druvarpc.errors import ConnectionLost, LocalProtocolError, RpcError, Status
+from druvarpc.pipe import Pipe, closing
 from druvarpc.protocol import (
     Event,
     GoAwayReceived,
@@ -29,7 +30,7 @@ from druvarpc.protocol import (
     Writable,
 )
 from druvarpc.service import Method
-from druvarpc.session import Pipe, Session, closing
+from druvarpc.session import Session
 from druvarpc.statistics import Totals
 
 # A server's DEADLINE_EXCEEDED that comes so close to the caller's own deadline, in seconds, is the

@@ -24,6 +24,7 @@ from trio.lowlevel import Abort, RaiseCancelT, Task
 from druvarpc.codec import printable
 from druvarpc.errors import LocalProtocolError, Status
 from druvarpc.handlers import Entry, Requests, Run, failure_of
+from druvarpc.pipe import Pipe, closing
 from druvarpc.protocol import (
     CallsReceived,
     Connection,
@@ -38,7 +39,7 @@ from druvarpc.protocol import (
     Writable,
 )
 from druvarpc.service import Cardinality
-from druvarpc.session import Pipe, Session, closing
+from druvarpc.session import Session
 from druvarpc.statistics import Totals
 from druvarpc.transports import Transport
 

@@ -18,9 +18,9 @@ from typing import Any, Generic, TypeVar, cast
 import msgspec
 
 from druvarpc.errors import RpcError, Status
+from druvarpc.pipe import Pipe
 from druvarpc.protocol import Outcome, Stream
 from druvarpc.service import Method, Service, implementation_of, methods_of
-from druvarpc.session import Pipe
 
 logger = logging.getLogger("druvarpc")
 

@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 import trio
 
 from druvarpc.calls import Call
-from druvarpc.session import closing
+from druvarpc.pipe import closing
 from druvarpc.stubs import UnaryMethod, unary_method
 
 A = TypeVar("A")

@@ -35,7 +35,7 @@ LAYERS = (
     "service",
     "transports",
     "session",
-    "statistics",
+    "pipe statistics",
     "calls handlers",
     "stubs dispatch",
     "club windowed",
