@@ -45,9 +45,9 @@ from druvarpc.transports import Transport
 
 logger = logging.getLogger("druvarpc")
 
-# Replies that wait for the handlers of calls which came with them. With some on their way, the
-# client works at the same time; with fewer, system calls cost more than that gains.
-BATCH: Final = 64
+# Handlers that run before the replies so far are written. With some on their way, the client works
+# at the same time; with fewer, system calls cost more than that gains.
+WRITE_EVERY: Final = 64
 # Tasks that a connection keeps for the next calls; a task more or less costs some 10 µs.
 MAX_IDLE: Final = 8
 
@@ -201,9 +201,10 @@ class Dispatcher:
         while True:
             begun = 0
             while queue:
-                begun += 1
-                if begun % BATCH == 0:
+                if begun == WRITE_EVERY:
+                    begun = 0
                     self.session.write()
+                begun += 1
                 call = queue.pop()
                 if call.final is not None or call.state not in (State.OPEN, State.CALLED):
                     continue
@@ -211,6 +212,8 @@ class Dispatcher:
                 if run is not None:
                     if queue or not self._led:
                         self._wake()
+                    else:
+                        self.session.flush()
                     await self._finish(worker, run)
                 if call.deadline is not None or worker.stopped is not None:
                     worker.scope.deadline = math.inf

@@ -8,7 +8,7 @@ the event loop: what all of them submit goes out together, after the last of the
 the task of `run`. `write` is for who knows that nothing is to be gained by waiting: it writes at
 once, as far as the transport takes it without waiting; what it doesn't take waits in `_unsent` for
 the task of `run`, and until that has gone nobody else writes. A write never waits, so that a
-cancelled task can't leave half of one behind.
+cancelled task can't leave half of one behind; nor can an interrupted one.
 
 *Reading.* Whoever calls `read` reads: on a client a task of its own, on a server the task that runs
 the handlers (`druvarpc.dispatch`).
@@ -166,22 +166,24 @@ class Session:
             trio.lowlevel.reschedule(self._sleeping)
             self._sleeping = None
 
+    # Also in a user's task it must not stop half way.
+    @trio.lowlevel.enable_ki_protection
     def write(self) -> None:
         """Write what the core has to send, as far as the transport takes it now."""
-        if self._unsent or self._parted:
-            return
         core = self.core
-        if core.wants_to_send:
-            now = self.now()
-            buffers = core.data_to_send(now)
-            if core.has_events:
-                self.handle_events()
-            self._send(buffers, now)
+        if not self._unsent and not self._parted:
+            if core.wants_to_send:
+                now = self.now()
+                buffers = core.data_to_send(now)
+                if core.has_events:
+                    self.handle_events()
+                self._send(buffers, now)
             if self._unsent or core.wants_to_send:
                 self.flush()
-                return
-        if core.closed or core.drained:
-            self._part()
+            elif core.closed or core.drained:
+                self._part()
+        # Also when nothing could be written: calls may linger now, or streams lack credit.
+        self._set_timer()
 
     def _send(self, buffers: Sequence[Buffer], now: float) -> None:
         size = sum(map(len, buffers))
@@ -193,7 +195,7 @@ class Session:
         if self._unsent:
             size -= sum(map(len, self._unsent))
             self._write_began = min(self._write_began, now)
-            self._set_timer()
+            self._wake_at(self._write_began + self.core.limits.stall_timeout)
         else:
             self._write_began = math.inf
         self.bytes_sent += size
@@ -203,7 +205,7 @@ class Session:
         self._parted = True
         self._end()
         self._goodbye_at = self.now() + GOODBYE
-        self._set_timer()
+        self._wake_at(self._goodbye_at)
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             self.transport.send_eof()
 
@@ -223,7 +225,8 @@ class Session:
         try:
             data = await self.transport.receive()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self._break(error)
+            if not self._over:
+                self._break(error)
             return False
         if not data:
             if not core.drained:
@@ -233,9 +236,7 @@ class Session:
         self.bytes_received += len(data)
         core.receive_data(data, self.now())
         self.handle_events()
-        at = core.next_deadline()
-        if at is not None and at < self._timer_at:
-            self._set_timer()
+        self._set_timer()
         return True
 
     @trio.lowlevel.enable_ki_protection
@@ -268,7 +269,6 @@ class Session:
         """Write what others left, and what they flush."""
         while True:
             self.write()
-            self._set_timer()
             if self._unsent:
                 await self.transport.wait_writable()
                 self._send(self._unsent, self.now())
@@ -286,7 +286,8 @@ class Session:
         if now >= self._goodbye_at:
             self._stop()
         elif now >= self._write_began + self.core.limits.stall_timeout:
-            self.fail(f"the peer read nothing for {self.core.limits.stall_timeout:g} s")
+            limit = self.core.limits.stall_timeout
+            self.fail(f"the peer didn't take what was written within {limit:g} s")
             self._stop()
         else:
             self.core.handle_timer(now)
@@ -301,15 +302,20 @@ class Session:
         )
 
     def _set_timer(self) -> None:
+        """Let the timer wake in time for what the core waits for now."""
+        at = self.core.next_deadline()
+        if at is not None and at < self._timer_at:
+            self._wake_at(at)
+
+    def _wake_at(self, at: float) -> None:
         """Let the timer wake earlier if it must; one that wakes too early finds nothing to do."""
-        at = self._next_time()
         if at < self._timer_at:
             self._timer_at = self._timer.deadline = at
 
     def _close(self) -> None:
         """Let the last GOAWAY go out; it has its time for that."""
         self._goodbye_at = min(self._goodbye_at, self.now() + GOODBYE)
-        self._set_timer()
+        self._wake_at(self._goodbye_at)
         self._end()
         self.flush()
 

@@ -176,10 +176,11 @@ class _Flight:
     async def take(self) -> Any:
         """Wait for the result whose turn it is, and return it."""
         call = next(iter(self.calls)) if self._ordered else await self._next_done()
-        if not call.done or not call.plain:
-            result = await self.stub.result(call)
-        else:
+        if call.done and call.plain:
+            await trio.lowlevel.checkpoint_if_cancelled()
             result = self.stub.decode(call)
+        else:
+            result = await self.stub.result(call)
         self._bytes -= self.calls.pop(call)
         if self._waiting:
             self.wake()

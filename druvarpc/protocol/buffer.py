@@ -106,12 +106,9 @@ class FrameBuffer:
                 head, tail = unpack_header(view, start)
                 start += HEADER_SIZE
             else:
-                size = min(self._need - self._held, end - start)
-                self._hold(view[start : start + size])
-                start += size
-                if self._held < self._need:
+                start, pieces = self._gather(view, start)
+                if pieces is None:
                     return
-                pieces, self._pieces, self._held = self._pieces, [], 0
                 if self._in_preface:
                     self._end_preface(_joined(pieces))
                     continue
@@ -132,6 +129,15 @@ class FrameBuffer:
                 self._head = kind, flags, id, length
                 self._need = length
                 self._between = False
+
+    def _gather(self, view: memoryview, start: int) -> tuple[int, Sequence[Buffer] | None]:
+        """Take what the unit still needs; return where the rest begins, and the unit if whole."""
+        stop = min(start + self._need - self._held, len(view))
+        self._hold(view[start:stop])
+        if self._held < self._need:
+            return stop, None
+        pieces, self._pieces, self._held = self._pieces, [], 0
+        return stop, pieces
 
     def _await_header(self) -> None:
         self._head = None

@@ -93,7 +93,18 @@ class Callee:
             stream.state = State.CLOSED
             del self._wire.streams[stream.id]
             self._queue(stream, CALL_OVERHEAD + len(payload))
-            return
+        else:
+            self._reply(stream, payload, outcome, now, after_data=after_data)
+
+    def _reply(
+        self,
+        stream: Stream,
+        payload: bytes | None,
+        outcome: Outcome | None,
+        now: float,
+        *,
+        after_data: bool,
+    ) -> None:
         if stream.final is not None or stream.state not in (State.OPEN, State.CALLED, State.RESET):
             raise LocalProtocolError(f"{stream!r} can't be replied to")
         if stream.state is State.RESET:

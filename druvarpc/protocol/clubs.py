@@ -58,7 +58,8 @@ class Clubbing:
         max_calls: calls in one frame at most; 1 sends each by itself.
         max_bytes: bytes in one frame at most, as far as one call alone isn't larger.
         linger: seconds that the first call waits for others. With 0 nothing waits on an idle link:
-            what gathers is what started while the last write was under way.
+            what gathers is what starts in the same turn of the event loop, or while the transport
+            takes no more.
     """
 
     max_calls: int = 1024

@@ -4,11 +4,12 @@ import math
 
 import pytest
 
-from druvarpc.errors import LocalProtocolError, Status
+from druvarpc.errors import LocalProtocolError, RemoteProtocolError, Status
 from druvarpc.protocol import (
     AuthReceived,
     CallsReceived,
     Clubbing,
+    Connection,
     Limits,
     MetadataReceived,
     Outcome,
@@ -16,6 +17,7 @@ from druvarpc.protocol import (
     Readable,
     RepliesReceived,
     ResetReceived,
+    SettingsReceived,
     State,
     Stream,
 )
@@ -405,3 +407,17 @@ def test_a_token_goes_ahead_of_the_calls() -> None:
     assert isinstance(two.server_events[1], CallsReceived)
     with pytest.raises(LocalProtocolError, match="token"):
         two.client.authenticate("x" * 16_385)
+
+
+def test_there_are_events_until_all_are_told_and_after_an_error_always() -> None:
+    client, server = Connection("client", now=0.0), Connection("server", now=0.0)
+    assert not server.has_events
+    server.receive_data(b"".join(client.data_to_send(0.0)), 0.0)
+    assert server.has_events
+    assert isinstance(server.next_event(), SettingsReceived)
+    assert not server.has_events
+    server.receive_data(b"\x7f" * 12, 0.0)
+    for _ in range(2):
+        assert server.has_events
+        with pytest.raises(RemoteProtocolError):
+            server.next_event()
