@@ -219,7 +219,8 @@ class Session:
     async def read(self) -> bool:
         """Wait for bytes of the peer's, and handle what they mean; return whether more may come.
 
-        What came of it is still to be written. Cancelled, it has read nothing.
+        What came of it is still to be written, by `write` or `flush`, which also set the clock.
+        Cancelled, it has read nothing.
         """
         core = self.core
         try:
@@ -236,7 +237,6 @@ class Session:
         self.bytes_received += len(data)
         core.receive_data(data, self.now())
         self.handle_events()
-        self._set_timer()
         return True
 
     @trio.lowlevel.enable_ki_protection
@@ -246,6 +246,8 @@ class Session:
         while await self.read():
             if core.wants_to_send or core.drained:
                 self.flush()
+            else:
+                self._set_timer()
 
     # Time, and the life of the connection.
 

@@ -15,6 +15,7 @@ from druvarpc.protocol.buffer import Frame
 from druvarpc.protocol.clubs import (
     Clubbing,
     MethodNames,
+    Outcome,
     call_size,
     cut_at,
     decode_replies,
@@ -271,17 +272,18 @@ class Caller:
 
     def on_replies(self, frame: Frame, now: float) -> None:
         """End the calls that a REPLIES frame answers."""
-        wire, event = self.wire, RepliesReceived([])
+        wire = self.wire
+        streams, replies = wire.streams, list[tuple[Stream, bytes | None, Outcome | None]]()
         try:
             for id, payload, outcome in decode_replies(frame.body, wire.accepted):
-                stream = wire.streams.get(id)
+                stream = streams.get(id)
                 if stream is None:
                     raise RemoteProtocolError(f"a reply to call {id}, which isn't open")
                 if stream.state is State.CALLED and stream.incoming is None:
                     # What follows, for a call without data.
                     stream.state = State.CLOSED
-                    del wire.streams[id]
-                    event.replies.append((stream, payload, outcome))
+                    del streams[id]
+                    replies.append((stream, payload, outcome))
                     continue
                 incoming = wire.inflow.open(stream)
                 failed = outcome is not None and outcome.status != Status.OK
@@ -293,10 +295,10 @@ class Caller:
                     self._end(stream, Status.CANCELLED, "the reply has come")
                 wire.inflow.end(stream, now)
                 if not was_reset:
-                    event.replies.append((stream, payload, outcome))
+                    replies.append((stream, payload, outcome))
         finally:
-            if event.replies:
-                wire.events.append(event)
+            if replies:
+                wire.events.append(RepliesReceived(replies))
         if self.deadline is None:
             self.offer()
 

@@ -93,14 +93,15 @@ class MethodNames:
     """The numbers that one connection gave to methods, in the order of their first use.
 
     Attributes:
+        names: by number.
         numbers: by name.
         reserved: names that have, or will get, a number.
     """
 
-    __slots__ = ("_names", "numbers", "reserved")
+    __slots__ = ("names", "numbers", "reserved")
 
     def __init__(self) -> None:
-        self._names: list[str] = []
+        self.names: list[str] = []
         self.numbers: dict[str, int] = {}
         self.reserved: set[str] = set()
 
@@ -109,15 +110,13 @@ class MethodNames:
         self._add(name)
         return name
 
-    def resolve(self, method: object) -> str:
-        """Return the name that `method`, a name or a number off the wire, stands for."""
-        if type(method) is int and 0 <= method < len(self._names):
-            return self._names[method]
+    def learn(self, method: object) -> str:
+        """Give a number to what stands in the first call of a method, off the wire: its name."""
         if type(method) is not str:
             raise RemoteProtocolError(f"CALLS: method {show(method)} has no name")
         if not _NAME.fullmatch(method):
             raise RemoteProtocolError(f"CALLS: {show(method)} can't be a method's name")
-        if method in self.numbers or len(self._names) == MAX_METHODS:
+        if method in self.numbers or len(self.names) == MAX_METHODS:
             raise RemoteProtocolError(f"CALLS: method {method} can't be numbered (again)")
         self._add(method)
         return method
@@ -130,8 +129,8 @@ class MethodNames:
         return True
 
     def _add(self, name: str) -> None:
-        self.numbers[name] = len(self._names)
-        self._names.append(name)
+        self.numbers[name] = len(self.names)
+        self.names.append(name)
 
 
 def encode_calls(calls: Sequence[Stream], first: int, names: MethodNames, now: float) -> bytes:
@@ -171,7 +170,7 @@ def _options(call: Stream, now: float) -> list[object]:
 def decode_calls(body: Buffer, names: MethodNames, accepted: Settings, now: float) -> list[Stream]:
     """Return the calls of a CALLS frame, still without ids."""
     array = unpack_array(body, "CALLS", 1)
-    most = accepted.max_inline
+    most, known = accepted.max_inline, names.names
     if len(array) > accepted.max_club:
         raise RemoteProtocolError(
             f"CALLS: {len(array)} calls in a club, at most {accepted.max_club} are accepted"
@@ -179,7 +178,7 @@ def decode_calls(body: Buffer, names: MethodNames, accepted: Settings, now: floa
     calls: list[Stream] = []
     for index, item in enumerate(array):
         check_array(item, "CALLS: call", 3)
-        method, flags, payload = item[:3]
+        method, flags, payload = item if len(item) == 3 else item[:3]
         if type(flags) is not int or flags < 0 or flags & _UNKNOWN or flags & _LANE == _LANE:
             raise RemoteProtocolError(f"CALLS: flags {show(flags)}")
         if payload is None:
@@ -187,8 +186,12 @@ def decode_calls(body: Buffer, names: MethodNames, accepted: Settings, now: floa
                 raise RemoteProtocolError("CALLS: neither a payload nor MORE")
         elif type(payload) is not bytes or len(payload) > most:
             raise RemoteProtocolError(f"CALLS: a payload that isn't at most {most} bytes")
+        if type(method) is int and 0 <= method < len(known):
+            name = known[method]
+        else:
+            name = names.learn(method)
         call = Stream(
-            names.resolve(method),
+            name,
             payload,
             more=flags & _MORE != 0,
             lane=LANES[(flags & _LANE) >> 1],
@@ -261,7 +264,7 @@ def decode_replies(
     most = accepted.max_inline
     for item in unpack_array(body, "REPLIES", 1):
         check_array(item, "REPLIES: reply", 2)
-        id, payload = item[:2]
+        id, payload = item if len(item) == 2 else item[:2]
         if type(id) is not int:
             raise RemoteProtocolError("REPLIES: an id that isn't an integer")
         if payload is not None and (type(payload) is not bytes or len(payload) > most):
