@@ -93,8 +93,13 @@ class Call(Stream):
 
     @property
     def plain(self) -> bool:
-        """Whether the reply is nothing but a result, which came in one piece with it."""
-        return self.outcome is None and self.error is None and self.incoming is None
+        """Whether the reply has come, and is nothing but a result."""
+        return (
+            self.result is not None
+            and self.outcome is None
+            and self.error is None
+            and self.incoming is None
+        )
 
     def finish(self) -> None:
         """Note that the call is done, and wake who waits for it."""
@@ -306,12 +311,8 @@ class Calls:
         if call.incoming is not None:
             self.abandon(call)
         if call.result is None:
-            raise self.without_result(call)
+            raise RpcError(Status.INTERNAL, f"{call.method}: a reply without a result")
         return call.result
-
-    def without_result(self, call: Call) -> RpcError:
-        """Return the error of a reply that brings neither a result nor a failure."""
-        return RpcError(Status.INTERNAL, f"{call.method}: a reply without a result")
 
     def _end(self, call: Call) -> None:
         del self._active[call]

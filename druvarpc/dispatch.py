@@ -227,14 +227,19 @@ class Dispatcher:
                         return False
                 finally:
                     self._led = False
-                continue
-            self.session.flush()
-            if len(self._idle) >= MAX_IDLE:
+            elif not await self._follow():
                 return False
-            task = trio.lowlevel.current_task()
-            self._idle.append(task)
-            await trio.lowlevel.wait_task_rescheduled(partial(self._leave, task))
-            self._waking = False
+
+    async def _follow(self) -> bool:
+        """Wait to be a successor; return False at once if enough others do."""
+        self.session.flush()
+        if len(self._idle) >= MAX_IDLE:
+            return False
+        task = trio.lowlevel.current_task()
+        self._idle.append(task)
+        await trio.lowlevel.wait_task_rescheduled(partial(self._leave, task))
+        self._waking = False
+        return True
 
     def _leave(self, task: Task, _: RaiseCancelT) -> Abort:
         if task in self._idle:

@@ -164,10 +164,7 @@ class Method:
         stream = None
         if kwargs or self.stream_position is not None or len(args) != self._total:
             args, stream = self.bind(args, kwargs)
-        try:
-            return encode_message(args), stream
-        except ENCODE_ERRORS:
-            return self.encode_arguments(args), stream  # which says what was wrong
+        return self.encode_arguments(args), stream
 
     def bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]

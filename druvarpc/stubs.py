@@ -78,9 +78,8 @@ class UnaryMethod(StubMethod):
         return self.method.decode_result(await self.calls.result(call))
 
     def decode(self, call: Call) -> Any:
-        """Return the result of a call that is done and `plain`."""
-        if call.result is None:
-            raise self.calls.without_result(call)
+        """Return the result of a call whose reply is `plain`."""
+        assert call.result is not None
         return self.method.decode_result(call.result)
 
 

@@ -176,7 +176,7 @@ class _Flight:
     async def take(self) -> Any:
         """Wait for the result whose turn it is, and return it."""
         call = next(iter(self.calls)) if self._ordered else await self._next_done()
-        if call.done and call.plain:
+        if call.plain:
             await trio.lowlevel.checkpoint_if_cancelled()
             result = self.stub.decode(call)
         else:

@@ -63,7 +63,6 @@ class FrameBuffer:
     """
 
     __slots__ = (
-        "_between",
         "_has_settings",
         "_head",
         "_held",
@@ -82,7 +81,6 @@ class FrameBuffer:
         self._need = len(PREFACE)
         self._head: tuple[int, int, int, int] | None = None  # of the frame whose body is arriving
         self._in_preface = True
-        self._between = False  # nothing of the next frame has come
         self._has_settings = False
 
     @property
@@ -102,7 +100,8 @@ class FrameBuffer:
         view = memoryview(data)
         start, end = 0, len(view)
         while start < end:
-            if self._between and end - start >= HEADER_SIZE:
+            in_unit = self._held or self._in_preface or self._head is not None
+            if not in_unit and end - start >= HEADER_SIZE:
                 head, tail = unpack_header(view, start)
                 start += HEADER_SIZE
             else:
@@ -114,11 +113,11 @@ class FrameBuffer:
                     continue
                 if self._head is not None:
                     frame = Frame(*self._head, pieces)
-                    self._await_header()
+                    self._head = None
+                    self._need = HEADER_SIZE
                     yield frame
                     continue
                 head, tail = unpack_header(_joined(pieces))
-                self._between = True
             kind, length, flags, id = head >> 24, head & 0xFFFFFF, tail >> 56, tail & MAX_ID
             self._check(kind, length, flags, id)
             if length <= end - start:
@@ -128,7 +127,6 @@ class FrameBuffer:
             else:
                 self._head = kind, flags, id, length
                 self._need = length
-                self._between = False
 
     def _gather(self, view: memoryview, start: int) -> tuple[int, Sequence[Buffer] | None]:
         """Take what the unit still needs; return where the rest begins, and the unit if whole."""
@@ -139,14 +137,8 @@ class FrameBuffer:
         pieces, self._pieces, self._held = self._pieces, [], 0
         return stop, pieces
 
-    def _await_header(self) -> None:
-        self._head = None
-        self._need = HEADER_SIZE
-        self._between = True
-
     def _hold(self, piece: memoryview) -> None:
         self._held += len(piece)
-        self._between = False
         if len(piece) >= _SMALL:
             self._pieces.append(piece)
             return
@@ -163,7 +155,7 @@ class FrameBuffer:
                 f"protocol version {version} instead of {VERSION}", CloseCode.VERSION_MISMATCH
             )
         self._in_preface = False
-        self._await_header()
+        self._need = HEADER_SIZE
 
     def _check(self, kind: int, length: int, flags: int, id: int) -> None:
         most = self._max_frame if self._has_settings else MAX_FIRST_FRAME

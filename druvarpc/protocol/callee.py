@@ -8,8 +8,6 @@ read can't make replies pile up.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from typing import Final
 
 from druvarpc.errors import LocalProtocolError, RemoteProtocolError, RpcError, Status
 from druvarpc.protocol import frames
@@ -269,13 +267,20 @@ class Callee:
 
     def handle(self, frame: Frame, now: float) -> bool:
         """Do what a frame demands that only a server receives; return whether it is one."""
-        handler = _HANDLERS.get(frame.kind)
-        if handler is None:
-            return False
-        handler(self, frame, now)
+        match frame.kind:
+            case frames.CALLS:
+                self._on_calls(frame, now)
+            case frames.DATA:
+                self._on_data(frame, now)
+            case frames.RESET:
+                self._on_reset(frame, now)
+            case frames.AUTH:
+                self._on_auth(frame, now)
+            case _:
+                return False
         return True
 
-    def on_calls(self, frame: Frame, now: float) -> None:
+    def _on_calls(self, frame: Frame, now: float) -> None:
         """Accept the calls of a club."""
         wire = self._wire
         if frame.id != wire.last_id + 1:
@@ -305,7 +310,7 @@ class Callee:
         if ready:
             wire.events.append(CallsReceived(ready))
 
-    def on_data(self, frame: Frame, now: float) -> None:
+    def _on_data(self, frame: Frame, now: float) -> None:
         """Keep data of a call."""
         wire = self._wire
         stream = wire.streams.get(frame.id)
@@ -341,7 +346,7 @@ class Callee:
         elif ends:
             raise RemoteProtocolError(f"END of call {frame.id} before its arguments")
 
-    def on_reset(self, frame: Frame, now: float) -> None:
+    def _on_reset(self, frame: Frame, now: float) -> None:
         """Stop a call that its caller has abandoned."""
         wire = self._wire
         code, message = frames.decode_reason(frame.body, "RESET")
@@ -366,16 +371,8 @@ class Callee:
             status = Status(code) if code <= max(Status) else Status.UNKNOWN
             wire.events.append(ResetReceived(stream, status, message))
 
-    def on_auth(self, frame: Frame, now: float) -> None:
+    def _on_auth(self, frame: Frame, now: float) -> None:
         """Tell who the client says it is."""
         self._wire.patience.charge(now)
         token, metadata = frames.decode_auth(frame.body, self._wire.accepted.max_metadata)
         self._wire.events.append(AuthReceived(token, metadata))
-
-
-_HANDLERS: Final[Mapping[int, Callable[[Callee, Frame, float], None]]] = {
-    frames.CALLS: Callee.on_calls,
-    frames.DATA: Callee.on_data,
-    frames.RESET: Callee.on_reset,
-    frames.AUTH: Callee.on_auth,
-}

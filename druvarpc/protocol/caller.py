@@ -6,8 +6,7 @@ server's `max_calls` takes no turn until a call has been CLOSED.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from collections.abc import Sequence
 
 from druvarpc.errors import LocalProtocolError, RemoteProtocolError, Status
 from druvarpc.protocol import frames
@@ -192,14 +191,11 @@ class Caller:
         calls: list[Stream] = []
         while queue:
             entry = queue[0]
-            if isinstance(entry, list):
-                if all(call.abandoned for call in entry):
-                    queue.popleft()
-                    continue
-                return calls or self._take_club(queue, entry, room)
-            if entry.abandoned:
+            if _is_abandoned(entry):
                 queue.popleft()
                 continue
+            if isinstance(entry, list):
+                return calls or self._take_club(queue, entry, room)
             entry.inline = len(entry.payload or b"") <= inline
             left -= call_size(entry)
             if len(calls) == most or (calls and left < 0):
@@ -264,13 +260,18 @@ class Caller:
 
     def handle(self, frame: Frame, now: float) -> bool:
         """Do what a frame demands that only a client receives; return whether it is one."""
-        handler = _HANDLERS.get(frame.kind)
-        if handler is None:
-            return False
-        handler(self, frame, now)
+        match frame.kind:
+            case frames.REPLIES:
+                self._on_replies(frame, now)
+            case frames.DATA:
+                self._on_data(frame, now)
+            case frames.METADATA:
+                self._on_metadata(frame, now)
+            case _:
+                return False
         return True
 
-    def on_replies(self, frame: Frame, now: float) -> None:
+    def _on_replies(self, frame: Frame, now: float) -> None:
         """End the calls that a REPLIES frame answers."""
         wire = self.wire
         streams, replies = wire.streams, list[tuple[Stream, bytes | None, Outcome | None]]()
@@ -302,7 +303,7 @@ class Caller:
         if self.deadline is None:
             self.offer()
 
-    def on_data(self, frame: Frame, now: float) -> None:
+    def _on_data(self, frame: Frame, now: float) -> None:
         """Keep data of a reply."""
         stream = self.wire.streams.get(frame.id)
         if stream is None:
@@ -312,7 +313,7 @@ class Caller:
         if self.wire.receive_data(stream, frame, Input.DATA_DOWN, now):
             self.wire.events.append(Readable(stream))
 
-    def on_metadata(self, frame: Frame, now: float) -> None:
+    def _on_metadata(self, frame: Frame, now: float) -> None:
         """Tell of metadata that came ahead of a reply."""
         wire = self.wire
         metadata = frames.decode_metadata(frame.body, wire.accepted.max_metadata)
@@ -328,13 +329,7 @@ class Caller:
             wire.events.append(MetadataReceived(stream, metadata))
 
 
-_HANDLERS: Final[Mapping[int, Callable[[Caller, Frame, float], None]]] = {
-    frames.REPLIES: Caller.on_replies,
-    frames.DATA: Caller.on_data,
-    frames.METADATA: Caller.on_metadata,
-}
-
-
 def _is_abandoned(entry: Stream | list[Stream]) -> bool:
-    calls = [entry] if isinstance(entry, Stream) else entry
-    return all(call.abandoned for call in calls)
+    if isinstance(entry, Stream):
+        return entry.abandoned
+    return all(call.abandoned for call in entry)
