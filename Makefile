@@ -8,12 +8,12 @@ export PYTHON
 # The version of pyright is pinned in constraints.txt: no hint that a newer one is out.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test lint bench bench-wan docs clean
 # Two targets at once would install into one environment at the same time.
 .NOTPARALLEL:
 
 help:   ## list the targets
-	@sed -n 's/^\([a-z]*\): *## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\): *## /  make \1\t/p' Makefile | expand -t 20
 
 demo:   ## back up, change, back up again, restore, compare; print what was saved
 	@.ci/venv .venv examples
@@ -35,6 +35,10 @@ bench:  ## measure against the peers
 		{ echo "make bench: there is no benchmarks/__main__.py, so nothing to run" >&2; exit 1; }
 	@.ci/venv .venv bench,examples
 	@$(BIN)/python -m benchmarks
+
+bench-wan: ## measure over long links, beside bare TCP and gRPC; needs root
+	@.ci/venv .venv bench,examples
+	@$(BIN)/python -m benchmarks.wan --install
 
 docs:   ## build docs/_build/index.html; a warning is an error
 	@.ci/venv .venv docs

@@ -69,7 +69,11 @@ def write(kept: dict[str, dict[str, Any]]) -> None:
     ]
     blocks = {HERE / "README.md": whole, HERE.parent / "README.md": "\n\n".join(first)}
     for path, text in blocks.items():
-        done = "tables written" if replace_block(path, text) else "no markers, left as it is"
+        done = (
+            "tables written"
+            if replace_block(path, "benchmarks", text)
+            else "no markers, left as it is"
+        )
         print(f"{path.relative_to(HERE.parent)}: {done}", file=sys.stderr)
 
 

@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from benchmarks.peers import PEERS
 from benchmarks.processes import ROOT, describe
 
 
-def environment(pace: Pace) -> dict[str, Any]:
+def environment(pace: Pace, peers: Sequence[str] = PEERS) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "processor": processor(),
@@ -20,7 +21,7 @@ def environment(pace: Pace) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),
         "kernel": f"{platform.system()} {platform.release()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "versions": [one.version for one in map(describe, PEERS) if one.version],
+        "versions": [one.version for one in map(describe, peers) if one.version],
         "revision": revision(),
         "rounds": pace.rounds,
         "seconds": pace.seconds,

@@ -6,7 +6,7 @@ import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,7 +43,7 @@ class Description:
 def describe(peer: str) -> Description:
     """Return what is known of a peer; if it can't be imported, why."""
     try:
-        with _line_of("describe", peer, patience=PATIENCE) as (line, _):
+        with first_line(_peer("describe", peer), patience=PATIENCE) as (line, _):
             name, version, operations = json.loads(line)
     except MeasurementError as error:
         return Description(peer, failure=str(error))
@@ -61,19 +61,28 @@ def measure(peer: str, operation: str, load: Load) -> Measured:
     Raises:
         MeasurementError: there was no figure.
     """
-    with _line_of("serve", peer, patience=PATIENCE) as (port, server):
+    with first_line(_peer("serve", peer), patience=PATIENCE) as (port, server):
         there = json.dumps(asdict(replace(load, port=json.loads(port), server=server)))
         patience = PATIENCE + load.warm_up + load.seconds
-        with _line_of("measure", peer, operation, there, patience=patience) as (figures, _):
+        client = _peer("measure", peer, operation, there)
+        with first_line(client, patience=patience) as (figures, _):
             return Measured(**json.loads(figures))
 
 
+def _peer(command: str, *arguments: str) -> tuple[str, ...]:
+    return sys.executable, "-m", "benchmarks.peers", command, *arguments
+
+
 @contextmanager
-def _line_of(*arguments: str, patience: float) -> Iterator[tuple[str, int]]:
-    """Yield the first line that a child process prints, and its id; end it after that."""
+def first_line(command: Sequence[str], patience: float) -> Iterator[tuple[str, int]]:
+    """Yield the first line that a child process prints, and its id; end it after that.
+
+    Raises:
+        MeasurementError: it ended without a line, or printed none in time.
+    """
     with tempfile.TemporaryFile("w+") as complaints:
         child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peers", *arguments],
+            command,
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=complaints,
@@ -83,15 +92,20 @@ def _line_of(*arguments: str, patience: float) -> Iterator[tuple[str, int]]:
             assert child.stdout is not None
             ready, _, _ = select.select([child.stdout], [], [], patience)
             if not ready:
-                raise MeasurementError(f"{arguments[0]}: nothing within {patience:g} s")
+                raise MeasurementError(f"{_which(command)}: nothing within {patience:g} s")
             line = child.stdout.readline()
             if not line:
                 complaints.seek(0)
                 last = (complaints.read().strip() or "it ended without a word").splitlines()[-1]
-                raise MeasurementError(f"{arguments[0]}: {last:.200}")
+                raise MeasurementError(f"{_which(command)}: {last:.200}")
             yield line, child.pid
         finally:
             child.kill()
             child.wait()
             if child.stdout is not None:
                 child.stdout.close()
+
+
+def _which(command: Sequence[str]) -> str:
+    """Return what a child was to do: what follows its module."""
+    return command[command.index("-m") + 2] if "-m" in command else command[0]

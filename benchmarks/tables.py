@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-BEGIN = "<!-- benchmarks:begin -->"
-END = "<!-- benchmarks:end -->"
 # Typography, spelt so that it can't be taken for a letter or a hyphen.
 TIMES, DASH = "\u00d7", "\u2013"
 
@@ -48,13 +46,14 @@ def milliseconds_per_gigabyte(value: float) -> str:
     return count(value * 1e12)
 
 
-def replace_block(path: Path, text: str) -> bool:
-    """Put `text` between the markers of a file; return whether it has them."""
+def replace_block(path: Path, name: str, text: str) -> bool:
+    """Put `text` between the markers of that name in a file; return whether it has them."""
     if not path.exists():
         return False
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, begin, rest = path.read_text().partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
         return False
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    path.write_text(f"{before}{first}\n\n{text}\n\n{last}{after}")
     return True

@@ -14,7 +14,8 @@ from druvarpc.handlers import CurrentCall, current_call
 from druvarpc.protocol import Clubbing, Limits, Priority
 from druvarpc.server import Server, serve
 from druvarpc.service import Service, rpc
-from druvarpc.statistics import Statistics
+from druvarpc.statistics import ClubCount, Statistics
+from druvarpc.timings import CallTimes, MethodTimes
 from druvarpc.windowed import windowed
 
 # As an attribute too, without an import of its own.
@@ -23,13 +24,16 @@ from druvarpc import testing as testing  # isort: skip
 __version__ = "0.1.0"
 
 __all__ = [
+    "CallTimes",
     "Client",
     "Club",
+    "ClubCount",
     "Clubbing",
     "ConnectionLost",
     "CurrentCall",
     "Limits",
     "LocalProtocolError",
+    "MethodTimes",
     "Part",
     "Priority",
     "ProtocolError",

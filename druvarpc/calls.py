@@ -1,14 +1,14 @@
 """Calls as their callers see them: started, waited for, failed, abandoned.
 
 A unary call (`druvarpc.stubs`) costs neither a task nor a scope: the caller's own task sleeps until
-the reply's event wakes it, and when it is cancelled instead, the call is reset. A streaming call
-has a `Pipe`; only a bidirectional one needs a task of its own, in the client's nursery, that sends
-while its caller receives.
+the reply's event wakes it, and when it is cancelled instead, the call is reset. Calls that stream
+are in `druvarpc.streaming`.
 """
 
+import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import msgspec
 import trio
@@ -16,7 +16,7 @@ from trio.lowlevel import Abort, RaiseCancelT, Task, reschedule
 
 from druvarpc.codec import printable
 from druvarpc.errors import ConnectionLost, LocalProtocolError, RpcError, Status
-from druvarpc.pipe import Pipe, closing
+from druvarpc.pipe import Pipe
 from druvarpc.protocol import (
     Event,
     GoAwayReceived,
@@ -27,11 +27,14 @@ from druvarpc.protocol import (
     RepliesReceived,
     Stalled,
     Stream,
+    Times,
     Writable,
 )
-from druvarpc.service import Method
 from druvarpc.session import Session
 from druvarpc.statistics import Totals
+from druvarpc.timings import CallTimes, Timings, call_times
+
+logger = logging.getLogger("druvarpc")
 
 # A server's DEADLINE_EXCEEDED that comes so close to the caller's own deadline, in seconds, is the
 # same event seen from the other side: the caller's scope is left to tell of it.
@@ -50,9 +53,22 @@ class Call(Stream):
         error: why the call failed here.
         pipe: the data of a streaming call.
         on_done: called when the call is done.
+        weight: what it counts for where connections are compared: the bytes of its data, as far as
+            they are known.
     """
 
-    __slots__ = ("calls", "done", "error", "on_done", "outcome", "pipe", "result", "single", "task")
+    __slots__ = (
+        "calls",
+        "done",
+        "error",
+        "on_done",
+        "outcome",
+        "pipe",
+        "result",
+        "single",
+        "task",
+        "weight",
+    )
 
     def __init__(
         self,
@@ -85,6 +101,7 @@ class Call(Stream):
         self.error: Exception | None = None
         self.pipe: Pipe | None = None
         self.on_done: Callable[[], None] | None = None
+        self.weight = 0
 
     @property
     def failed(self) -> bool:
@@ -125,19 +142,29 @@ class Calls:
 
     Args:
         session: the connection.
-        nursery: where bidirectional calls send from; it ends with the client.
         totals: where to count.
+
+    Attributes:
+        session: the connection.
+        load: the `weight` of all that are active.
+        light: how many without weight have been made.
     """
 
-    def __init__(self, session: Session, nursery: trio.Nursery, totals: Totals) -> None:
+    def __init__(self, session: Session, totals: Totals) -> None:
         self.session = session
-        self.nursery = nursery
+        self.load = 0
+        self.light = 0
         self._totals = totals
         self._active: dict[Call, None] = {}
         # The task whose reply came last, if it came alone. The next call of such a one goes out at
         # once, as long as no other is under way: who makes one call after the other would only wait
         # for tasks that don't come.
         self._lone: Task | None = None
+
+    @property
+    def active(self) -> int:
+        """How many have been made and haven't ended."""
+        return len(self._active)
 
     def check_open(self) -> None:
         """See to it that calls can be sent.
@@ -166,6 +193,10 @@ class Calls:
             self.check_open()
             raise RpcError(Status.INVALID_ARGUMENT, str(error)) from error
         self._active[call] = None
+        if call.weight:
+            self.load += call.weight
+        else:
+            self.light += 1
         self._totals.calls_started += 1
         if task is not None and task is self._lone and len(self._active) == 1:
             session.write()
@@ -176,10 +207,11 @@ class Calls:
         """Send calls as one club; see `submit`."""
         self.check_open()
         try:
-            self.session.core.club(calls)
+            self.session.core.club(calls, self.session.now())
         except LocalProtocolError as error:
             raise RpcError(Status.INVALID_ARGUMENT, str(error)) from error
         self._active |= dict.fromkeys(calls)
+        self.light += len(calls)
         self._totals.calls_started += len(calls)
         self.session.flush()
 
@@ -242,6 +274,8 @@ class Calls:
             if call not in active:
                 continue  # given up while the reply was on its way from the core to here
             del active[call]
+            if call.weight:
+                self.load -= call.weight
             totals.calls_ended += 1
             if call.result is None:
                 call.result = payload
@@ -253,7 +287,23 @@ class Calls:
                     totals.calls_failed += 1
             if len(replies) == 1:
                 self._lone = call.task
+            if call.times is not None:
+                self._take_times(call, call.times)
             call.finish()
+
+    def _take_times(self, call: Call, times: Times) -> None:
+        lacked = 0.0
+        now = self.session.now()
+        if call.outgoing is not None:
+            lacked = call.outgoing.lacked_credit(now)
+        parts = call_times(times, call.outcome, lacked, now)
+        self._totals.times.add(call.method, parts)
+        if callable(call.token):
+            try:
+                call.token(CallTimes(call.method, *parts))
+            # The user's code, in a task of ours: it must not end the connection.
+            except Exception:
+                logger.exception("%s: what was to take its times failed", call.method)
 
     def _readable(self, call: Stream) -> None:
         assert isinstance(call, Call)
@@ -316,113 +366,33 @@ class Calls:
 
     def _end(self, call: Call) -> None:
         del self._active[call]
+        self.load -= call.weight
         self._totals.calls_ended += 1
-
-    # The cardinalities with a stream.
-
-    async def upload(
-        self, method: Method, options: "Options", payload: bytes, source: AsyncIterable[Any]
-    ) -> Any:
-        """Make a client-streaming call."""
-        call = self._open(method, options, payload)
-        try:
-            with trio.CancelScope() as sending:
-                # A reply that comes early ends the sending; it is the caller's own task that sends.
-                call.on_done = sending.cancel
-                await self._send_all(call, method, source)
-            call.on_done = None
-            return method.decode_result(await self.result(call))
-        finally:
-            call.on_done = None
-            self.abandon(call)
-
-    async def download(
-        self, method: Method, options: "Options", payload: bytes
-    ) -> AsyncGenerator[Any, None]:
-        """Make a server-streaming call, which begins with the first item that is asked for."""
-        call = self._open(method, options, payload)
-        try:
-            assert call.pipe is not None
-            while (message := await call.pipe.receive()) is not None:
-                yield method.decode_response(message)
-            await self._check_end(call)
-        finally:
-            self.abandon(call)
-
-    async def exchange(
-        self, method: Method, options: "Options", payload: bytes, source: AsyncIterable[Any]
-    ) -> AsyncGenerator[Any, None]:
-        """Make a bidirectional call, which begins with the first item that is asked for."""
-        call = self._open(method, options, payload)
-        sending, sent = trio.CancelScope(), trio.Event()
-        self.nursery.start_soon(self._send_beside, call, method, source, sending, sent)
-        try:
-            assert call.pipe is not None
-            while (message := await call.pipe.receive()) is not None:
-                yield method.decode_response(message)
-            await self._check_end(call)
-        finally:
-            self.abandon(call)
-            sending.cancel()
-            with trio.CancelScope(shield=True):
-                await sent.wait()
-
-    def _open(self, method: Method, options: "Options", payload: bytes) -> Call:
-        call = Call(
-            self,
-            method.name,
-            payload,
-            more=method.cardinality.client_streaming,
-            single=not method.cardinality.server_streaming,
-            lane=options.lane,
-            metadata=options.metadata,
-        )
-        call.pipe = Pipe(self.session, call)
-        self.submit(call)
-        return call
-
-    async def _send_all(self, call: Call, method: Method, source: AsyncIterable[Any]) -> None:
-        assert call.pipe is not None
-        async with closing(source):
-            async for item in source:
-                if not await call.pipe.send(method.encode_request(item)):
-                    return
-        if self.session.core.can_send(call):
-            self.session.core.end(call)
-            self.session.flush()
-
-    async def _send_beside(
-        self,
-        call: Call,
-        method: Method,
-        source: AsyncIterable[Any],
-        sending: trio.CancelScope,
-        sent: trio.Event,
-    ) -> None:
-        try:
-            with sending:
-                await self._send_all(call, method, source)
-        except Exception as error:
-            # The caller's own iterator failed, in a task that the caller can't see: it is raised
-            # where the call's items are received.
-            self.fail(call, error)
-            self.abandon(call)
-        finally:
-            sent.set()
-
-    async def _check_end(self, call: Call) -> None:
-        await self.wait(call)
-        await self.check(call)
 
 
 class Options:
-    """What a stub adds to each of its calls."""
+    """What a stub adds to each of its calls.
 
-    __slots__ = ("lane", "metadata")
+    Attributes:
+        lane: their lane.
+        metadata: sent with them.
+        timed: they ask for their times.
+    """
 
-    def __init__(self, lane: Priority, metadata: tuple[tuple[str, str | bytes], ...]) -> None:
+    __slots__ = ("_report", "lane", "metadata", "timed")
+
+    def __init__(
+        self, lane: Priority, metadata: tuple[tuple[str, str | bytes], ...], timings: Timings
+    ) -> None:
         self.lane = lane
         self.metadata = metadata
+        self.timed = timings is not False
+        self._report = timings if callable(timings) else None
+
+    def time(self, call: Call) -> None:
+        """Let a new call ask for its times."""
+        call.timings = True
+        call.token = self._report
 
 
 def _details(details: bytes | None) -> object:

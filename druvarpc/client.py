@@ -1,35 +1,27 @@
-"""The client: a connection, and stubs of services on it."""
+"""The client: stubs of services, clubs, and the connections that carry them."""
 
-import math
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Final, TypeVar
+from functools import partial
+from typing import Final, Literal, TypeVar
 
 import trio
 
-from druvarpc.calls import Calls, Options
+from druvarpc.calls import Options
 from druvarpc.club import Club
-from druvarpc.errors import ConnectionLost
-from druvarpc.protocol import (
-    Clubbing,
-    Connection,
-    Event,
-    Limits,
-    PongReceived,
-    Priority,
-    SettingsReceived,
-)
+from druvarpc.connections import Connections
+from druvarpc.protocol import Clubbing, Limits, Priority
 from druvarpc.service import Service
-from druvarpc.session import Session, quiet_nursery
-from druvarpc.statistics import Statistics, Totals
+from druvarpc.session import quiet_nursery
+from druvarpc.statistics import Statistics
 from druvarpc.stubs import make_stub
-from druvarpc.transports import Transport, open_transport, parse_address
+from druvarpc.timings import Timings
+from druvarpc.transports import Transport, check_congestion_control, open_transport, parse_address
 
 S = TypeVar("S", bound=Service)
 Metadata = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
 
 CONNECT_TIMEOUT: Final = 10.0
-PING_INTERVAL: Final = 0.001
 
 
 class Client:
@@ -38,15 +30,9 @@ class Client:
     Its methods may be used by any number of tasks at once.
     """
 
-    def __init__(self, core: Connection, transport: Transport, nursery: trio.Nursery) -> None:
-        self._session = Session(core, transport, self._handle, self._lose)
-        self._totals = Totals()
-        self._calls = Calls(self._session, nursery, self._totals)
-        self._pongs = trio.lowlevel.ParkingLot()
-        self._last_pong = 0
-        self._next_ping = -math.inf
-        self._settled = trio.Event()
-        self._ended = trio.Event()
+    def __init__(self, connections: Connections, timings: Timings = False) -> None:
+        self._connections = connections
+        self._timings: Timings = timings
 
     def stub(
         self,
@@ -54,6 +40,7 @@ class Client:
         *,
         metadata: Metadata = (),
         priority: Priority = Priority.NORMAL,
+        timings: Timings | None = None,
     ) -> S:
         """Return an object with the service's methods, each of which calls the server.
 
@@ -61,13 +48,21 @@ class Client:
             service: the service's class.
             metadata: sent with every call.
             priority: the lane of every call.
+            timings: find out where the time of every call goes. They are summed up in
+                `Statistics.times`; a function is moreover called with the `CallTimes` of each that
+                has been replied to, whatever the status, before its caller goes on. None for what
+                `connect` was told.
 
         Raises:
             TypeError: `service` is no service, or an annotation of it can't be resolved.
         """
         pairs = metadata.items() if isinstance(metadata, Mapping) else metadata
-        options = Options(Priority(priority), tuple((key, value) for key, value in pairs))
-        return make_stub(service, self._calls, options)
+        options = Options(
+            Priority(priority),
+            tuple((key, value) for key, value in pairs),
+            self._timings if timings is None else timings,
+        )
+        return make_stub(service, self._connections, options)
 
     @asynccontextmanager
     async def club(self, *, raise_errors: bool = True) -> AsyncGenerator[Club, None]:
@@ -82,7 +77,7 @@ class Client:
         Raises:
             ExceptionGroup: of the errors of the calls that failed.
         """
-        club = Club(self._calls)
+        club = Club(self._connections)
         try:
             yield club
         finally:
@@ -97,124 +92,91 @@ class Client:
         Raises:
             ConnectionLost: the connection has ended.
         """
-        # Not faster than a server takes for no abuse (docs/protocol.md, section 10).
-        now = trio.current_time()
-        self._next_ping = max(now, self._next_ping + PING_INTERVAL)
-        await trio.sleep_until(self._next_ping)
-        start = trio.current_time()
-        if not self._session.ended:
-            id = self._session.core.ping(start)
-            self._session.flush()
-            # Others ping too, the core among them.
-            while self._last_pong < id and not self._session.ended:
-                await self._pongs.park()
-        if self._session.ended:
-            raise self._session.lost()
-        return trio.current_time() - start
+        return await self._connections.ping()
 
     def statistics(self) -> Statistics:
         """Return what this client has done so far."""
-        return self._totals.with_open([] if self._ended.is_set() else [self._session])
-
-    async def run(self) -> None:
-        """Serve the connection until it ends."""
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._session.read_all)
-                await self._session.run()
-                nursery.cancel_scope.cancel()
-        finally:
-            self._totals.add(self._session)
-            self._ended.set()
-
-    async def settle(self, start: float, timeout: float) -> None:
-        """Wait for the server's settings, until `timeout` seconds after `start`."""
-        with trio.move_on_at(start + timeout):
-            await self._settled.wait()
-        peer = self._session.transport.peer
-        if self._session.ended:
-            reason = self._session.lost().message
-            raise ConnectionLost(f"can't connect to {peer}: {reason}", not_started=True)
-        if not self._settled.is_set():
-            raise _no_answer(peer, timeout)
-
-    async def close(self) -> None:
-        """End the connection in good order."""
-        self._session.close(message="the client is closed")
-        await self._ended.wait()
-
-    def _lose(self) -> None:
-        """Fail all that waits for the server."""
-        self._calls.fail_all()
-        self._pongs.unpark_all()
-        self._settled.set()
-
-    def _handle(self, event: Event) -> None:
-        if isinstance(event, SettingsReceived):
-            self._settled.set()
-        elif isinstance(event, PongReceived):
-            self._last_pong = event.id
-            self._pongs.unpark_all()
-        else:
-            self._calls.handle(event)
+        return self._connections.statistics()
 
 
 @asynccontextmanager
 async def connect(
     address: str,
     *,
+    connections: int | Literal["auto"] = 1,
     clubbing: Clubbing = Clubbing(),
     limits: Limits = Limits(),
     connect_timeout: float = CONNECT_TIMEOUT,
+    congestion_control: str | None = None,
+    timings: Timings = False,
 ) -> AsyncGenerator[Client, None]:
     """Connect to a server for the time of a block.
 
-    Leaving the block ends the connection: calls that other tasks still wait for raise
-    `ConnectionLost`. So do all calls after the connection has been lost or the server has drained:
-    it isn't made again. Where nothing of a call was begun, the error's `not_started` says so.
+    Leaving the block ends the connections: calls that other tasks still wait for raise
+    `ConnectionLost`. So do the calls of a connection that is lost, and all calls once none is left
+    or the server has drained. Of several, one that is lost is made again as long as others remain.
+    Where nothing of a call was begun, the error's `not_started` says so.
 
     Args:
         address: "tcp://host:port" or "unix:///path".
+        connections: how many; "auto" starts with one, adds more while the goodput rises with them,
+            up to eight, and drops those that don't pay. A call stays on the connection that it
+            began on.
         clubbing: how calls gather.
-        limits: what this client accepts from the server.
+        limits: what this client accepts from the server, on each connection.
         connect_timeout: seconds until the server must have answered.
+        congestion_control: of TCP, for what this client sends: one that the system has, such as
+            "bbr", "cubic" or "reno" on Linux; None for its default.
+        timings: find out where the time of every call goes; see `Client.stub`.
 
     Raises:
-        ValueError: the address isn't one.
+        ValueError: the address isn't one, the number of connections isn't positive, or the system
+            doesn't have that congestion control.
         ConnectionLost: no druvarpc server answers there.
     """
     parsed = parse_address(address)
-    start = trio.current_time()
-    transport: Transport | None = None
-    with trio.move_on_after(connect_timeout):
-        transport = await open_transport(parsed)
-    if transport is None:
-        raise _no_answer(str(parsed), connect_timeout)
+    if congestion_control is not None:
+        check_congestion_control(congestion_control, [parsed])
     async with connect_by(
-        transport, clubbing=clubbing, limits=limits, start=start, timeout=connect_timeout
+        partial(open_transport, parsed, congestion_control=congestion_control),
+        str(parsed),
+        connections=connections,
+        clubbing=clubbing,
+        limits=limits,
+        timeout=connect_timeout,
+        timings=timings,
     ) as client:
         yield client
 
 
 @asynccontextmanager
 async def connect_by(
-    transport: Transport, *, clubbing: Clubbing, limits: Limits, start: float, timeout: float
+    dial: Callable[[], Awaitable[Transport]],
+    address: str,
+    *,
+    connections: int | Literal["auto"] = 1,
+    clubbing: Clubbing = Clubbing(),
+    limits: Limits = Limits(),
+    timeout: float = CONNECT_TIMEOUT,
+    timings: Timings = False,
 ) -> AsyncGenerator[Client, None]:
-    """Be a client on a transport, which is closed in the end; see `connect`.
+    """Be a client on transports that `dial` opens, to `address`; see `connect`.
 
-    The server must have answered `timeout` seconds after `start`.
+    They are closed in the end. The server must have answered within `timeout` seconds.
     """
+    if connections != "auto" and (type(connections) is not int or connections < 1):
+        raise ValueError(f"connections={connections!r}: 1 or more, or 'auto'")
     async with quiet_nursery() as nursery:
-        core = Connection("client", now=trio.current_time(), limits=limits, clubbing=clubbing)
-        client = Client(core, transport, nursery)
-        nursery.start_soon(client.run)
-        await client.settle(start, timeout)
-        yield client
-        await client.close()
+        opened = Connections(
+            dial,
+            address,
+            connections,
+            nursery,
+            clubbing=clubbing,
+            limits=limits,
+            timeout=timeout,
+        )
+        await opened.start(trio.current_time())
+        yield Client(opened, timings)
+        await opened.close()
         nursery.cancel_scope.cancel()
-
-
-def _no_answer(peer: str, timeout: float) -> ConnectionLost:
-    return ConnectionLost(
-        f"can't connect to {peer}: no answer within {timeout:g} s", not_started=True
-    )

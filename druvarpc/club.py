@@ -3,8 +3,11 @@
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Generic, TypeVar
 
+import trio
+
 from druvarpc.calls import Call, Calls
-from druvarpc.errors import RpcError, Status
+from druvarpc.connections import Connections
+from druvarpc.errors import ConnectionLost, RpcError, Status
 from druvarpc.protocol import Reference
 from druvarpc.protocol.clubs import MAX_PATH, MAX_REFERENCES
 from druvarpc.service import Method
@@ -93,13 +96,13 @@ class Reply(Part, Generic[T]):
         """Note the call that was made for this reply."""
         self._call = call
 
-    async def settle(self, calls: Calls) -> None:
+    async def settle(self) -> None:
         """Wait for the call, and keep what it returned or why it failed."""
         if self._error is not None:
             return
         assert self._call is not None
         try:
-            self._value = self._method.decode_result(await calls.result(self._call))
+            self._value = self._method.decode_result(await self._call.calls.result(self._call))
         except RpcError as error:
             self._error = error
 
@@ -116,10 +119,10 @@ class Club:
         ended: every reply is settled.
     """
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, connections: Connections) -> None:
         self.closed = False
         self.ended = False
-        self._calls = calls
+        self._connections = connections
         self._begun: list[tuple[Reply[Any], Call]] = []
 
     def call(
@@ -138,7 +141,7 @@ class Club:
             raise RuntimeError("the club's block has ended")
         stub = unary_method(method, "club")
         row = stub.method
-        if stub.calls is not self._calls:
+        if stub.connections is not self._connections:
             raise ValueError(f"{stub!r} belongs to another client")
         arguments, _ = row.bind(args, kwargs)
         references = tuple(
@@ -153,13 +156,15 @@ class Club:
         )
         reply: Reply[T] = Reply(self, len(self._begun), row)
         call = Call(
-            self._calls,
+            self._connections.only or self._connections.choose(0, stub.options.lane),
             row.name,
             payload,
             lane=stub.options.lane,
             metadata=stub.options.metadata,
             references=references,
         )
+        if stub.options.timed:
+            stub.options.time(call)
         reply.begin(call)
         self._begun.append((reply, call))
         return reply
@@ -169,21 +174,29 @@ class Club:
         try:
             self._submit()
             for reply, _ in self._begun:
-                await reply.settle(self._calls)
+                await reply.settle()
         finally:
             for _, call in self._begun:
-                self._calls.abandon(call)
+                call.calls.abandon(call)
+        if any(isinstance(reply.error, ConnectionLost) for reply, _ in self._begun):
+            # Maybe since what cancels this task has ended the connection a moment before.
+            await trio.lowlevel.checkpoint_if_cancelled()
         self.ended = True
         return [reply.error for reply, _ in self._begun if reply.error is not None]
 
     def _submit(self) -> None:
         """Send the calls in as few frames as the server's limits allow."""
-        peer = self._calls.session.core.peer
+        if not self._begun:
+            return
+        size = sum(len(call.payload or b"") for _, call in self._begun)
+        lane = self._begun[0][1].lane
+        calls = self._connections.only or self._connections.choose(size, lane)
+        peer = calls.session.core.peer
         most = min(peer.max_club, peer.max_calls)
         places: dict[int, int] = {}  # in the frame, by the index in the club
         for index, (reply, call) in enumerate(self._begun):
             if len(places) == most:
-                self._send(places)
+                self._send(calls, places)
                 places = {}
             missing = next((one.call for one in call.references if one.call not in places), None)
             if missing is not None:
@@ -192,15 +205,16 @@ class Club:
             call.references = tuple(one._replace(call=places[one.call]) for one in call.references)
             places[index] = len(places)
         if places:
-            self._send(places)
+            self._send(calls, places)
 
-    def _send(self, indices: Iterable[int]) -> None:
+    def _send(self, calls: Calls, indices: Iterable[int]) -> None:
         """Send some of the calls in one frame."""
         part = [self._begun[index] for index in indices]
         for _, call in part:
             call.lane = part[0][1].lane
+            call.calls = calls
         try:
-            self._calls.submit_club([call for _, call in part])
+            calls.submit_club([call for _, call in part])
         except RpcError as error:
             for reply, _ in part:
                 reply.fail(error)

@@ -36,11 +36,13 @@ from druvarpc.protocol import (
     Stalled,
     State,
     Stream,
+    Times,
     Writable,
 )
 from druvarpc.service import Cardinality
 from druvarpc.session import Session
 from druvarpc.statistics import Totals
+from druvarpc.timings import handler_times
 from druvarpc.transports import Transport
 
 logger = logging.getLogger("druvarpc")
@@ -261,6 +263,8 @@ class Dispatcher:
             outcome = Outcome(Status.UNIMPLEMENTED, f"{call.method} is not implemented")
             self._end(worker, call, None, outcome)
             return None
+        if call.times is not None:
+            call.times.begun = self.session.now()
         run = Run(call, self.session.transport.peer, self._answer(worker, entry, call))
         try:
             run.start()
@@ -301,7 +305,7 @@ class Dispatcher:
         call.payload = None
         if method.cardinality is Cardinality.UNARY_UNARY:
             return method.encode_result(await handler(*arguments))
-        worker.pipe = pipe = Pipe(self.session, call)
+        worker.pipe = pipe = Pipe(self.session, call, call.times)
         if method.stream_position is not None:
             arguments.insert(method.stream_position, Requests(method, pipe))
         if method.cardinality is Cardinality.STREAM_UNARY:
@@ -350,6 +354,8 @@ class Dispatcher:
         if outcome is not None and outcome.status and call.state is not State.RESET:
             self._totals.calls_failed += 1
         now = self.session.now()
+        if call.times is not None:
+            self._take_times(call, call.times, now)
         try:
             self._core.reply(call, now, payload, outcome, after_data=after_data)
         except LocalProtocolError as error:
@@ -358,3 +364,8 @@ class Dispatcher:
         if call.club is not None:
             # Others that waited for this one may be ready.
             self.session.handle_events()
+
+    def _take_times(self, call: Stream, times: Times, now: float) -> None:
+        # Names that a client made up must not fill the memory.
+        if call.state is not State.RESET and call.method in self._table:
+            self._totals.times.add(call.method, handler_times(call, times, now))

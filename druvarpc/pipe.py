@@ -1,14 +1,14 @@
 """The data of one stream as tasks see it: `send` and `receive` that wait."""
 
-from collections.abc import AsyncGenerator, AsyncIterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task
 
 from druvarpc.errors import RpcError, Status
-from druvarpc.protocol import Stream
+from druvarpc.protocol import Stream, Times
 from druvarpc.session import Session
 from druvarpc.transports import Buffer
 
@@ -33,20 +33,28 @@ async def closing(items: AsyncIterable[Any]) -> AsyncGenerator[None, None]:
                     raise rest from None
 
 
+# Messages that can be taken one after the other without giving up the task's turn: a window full of
+# small ones would keep all other tasks waiting.
+_TURN: Final = 64
+
+
 class Pipe:
     """The messages of one stream; one task may send and one receive at a time.
 
     Args:
         session: the connection.
         stream: the stream.
+        times: where to note how long tasks wait for data or for room, None for nowhere.
     """
 
-    __slots__ = ("_reader", "_session", "_stream", "_writer")
+    __slots__ = ("_reader", "_session", "_stream", "_taken", "_times", "_writer")
 
-    def __init__(self, session: Session, stream: Stream) -> None:
+    def __init__(self, session: Session, stream: Stream, times: Times | None = None) -> None:
         self._session = session
         self._stream = stream
+        self._times = times
         self._reader: Task | None = None
+        self._taken = 0
         self._writer: Task | None = None
 
     async def send(self, message: Buffer) -> bool:
@@ -72,7 +80,7 @@ class Pipe:
         if self._writer is not None:
             raise trio.BusyResourceError("another task is sending in this stream")
         self._writer = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(self._stop_writing)
+        await self._wait(self._stop_writing)
         return True
 
     async def receive(self) -> bytes | None:
@@ -82,7 +90,11 @@ class Pipe:
             RpcError: a message is longer than the limit.
             ConnectionLost: the connection ended before the stream did.
         """
-        await trio.lowlevel.checkpoint_if_cancelled()
+        self._taken += 1
+        if self._taken % _TURN:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await trio.lowlevel.checkpoint()
         session, stream = self._session, self._stream
         while True:
             message = session.core.take(stream, session.now())
@@ -105,7 +117,18 @@ class Pipe:
             if self._reader is not None:
                 raise trio.BusyResourceError("another task is receiving from this stream")
             self._reader = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(self._stop_reading)
+            await self._wait(self._stop_reading)
+
+    async def _wait(self, stop: Callable[[RaiseCancelT], Abort]) -> None:
+        times = self._times
+        if times is None:
+            await trio.lowlevel.wait_task_rescheduled(stop)
+            return
+        times.pause(self._session.now())
+        try:
+            await trio.lowlevel.wait_task_rescheduled(stop)
+        finally:
+            times.resume(self._session.now())
 
     def readable(self) -> None:
         """Wake the task that receives."""

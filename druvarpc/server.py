@@ -9,7 +9,7 @@ import trio
 from druvarpc.dispatch import Dispatcher
 from druvarpc.errors import CloseCode
 from druvarpc.handlers import dispatch_table
-from druvarpc.protocol import Connection, Limits
+from druvarpc.protocol import Budget, Connection, Limits
 from druvarpc.service import Service
 from druvarpc.session import GOODBYE, Session
 from druvarpc.statistics import Statistics, Totals
@@ -17,6 +17,7 @@ from druvarpc.transports import (
     Address,
     Transport,
     accepted_transport,
+    check_congestion_control,
     listening_address,
     open_listeners,
     parse_address,
@@ -33,11 +34,15 @@ class Server:
         addresses: where it listens, with the ports that the system chose.
     """
 
-    def __init__(self, services: Sequence[Service], limits: Limits) -> None:
+    def __init__(
+        self, services: Sequence[Service], limits: Limits, congestion_control: str | None = None
+    ) -> None:
+        self._congestion_control = congestion_control
         self.addresses: list[str] = []
         self._bound: list[Address] = []
         self._table = dispatch_table(services)
         self._limits = limits
+        self._memory = Budget(limits.total_memory)
         self._totals = Totals()
         self._sessions: dict[Session, None] = {}
         self._changed = trio.lowlevel.ParkingLot()
@@ -86,7 +91,7 @@ class Server:
         listeners: list[trio.SocketListener] = []
         try:
             for address in addresses:
-                listeners += await open_listeners(address)
+                listeners += await open_listeners(address, self._congestion_control)
                 self._bound.append(address)
             self.addresses = [str(listening_address(listener)) for listener in listeners]
             with self._serving:
@@ -103,7 +108,9 @@ class Server:
 
     async def serve_transport(self, transport: Transport) -> None:
         """Serve one connection until it ends."""
-        core = Connection("server", now=trio.current_time(), limits=self._limits)
+        core = Connection(
+            "server", now=trio.current_time(), limits=self._limits, budget=self._memory
+        )
         async with trio.open_nursery() as nursery:
             dispatcher = Dispatcher(self._table, core, transport, nursery, self._totals)
             session = dispatcher.session
@@ -137,6 +144,7 @@ async def serve(
     services: Sequence[Service],
     *addresses: str,
     limits: Limits = Limits(),
+    congestion_control: str | None = None,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled, or until the server has been drained.
@@ -147,15 +155,19 @@ async def serve(
     Args:
         services: objects of classes derived from `Service`.
         addresses: one or more of "tcp://host:port" and "unix:///path"; port 0 takes a free one.
-        limits: what each connection may use.
+        limits: what each connection, and all together, may use.
+        congestion_control: of TCP, for what this server sends; see `connect`.
         task_status: reports the `Server`; given by `nursery.start`.
 
     Raises:
         TypeError: a service is none.
-        ValueError: an address isn't one, none is given, or two services have the same method.
+        ValueError: an address isn't one, none is given, two services have the same method, or the
+            system doesn't have that congestion control.
         OSError: it isn't possible to listen there.
     """
     if not addresses:
         raise ValueError("serve() needs an address to listen on")
     parsed = [parse_address(address) for address in addresses]
-    await Server(services, limits).run(parsed, task_status)
+    if congestion_control is not None:
+        check_congestion_control(congestion_control, parsed)
+    await Server(services, limits, congestion_control).run(parsed, task_status)

@@ -7,8 +7,10 @@ meet tasks.
 the event loop: what all of them submit goes out together, after the last of them, in one write by
 the task of `run`. `write` is for who knows that nothing is to be gained by waiting: it writes at
 once, as far as the transport takes it without waiting; what it doesn't take waits in `_unsent` for
-the task of `run`, and until that has gone nobody else writes. A write never waits, so that a
-cancelled task can't leave half of one behind; nor can an interrupted one.
+the task of `run`. From then on, and until there is nothing left to send, only that task writes, a
+little each time that the transport has room again (`_pressed`): what goes next is decided as late
+as can be, so that a small call has little before it. A write never waits, so that a cancelled task
+can't leave half of one behind; nor can an interrupted one.
 
 *Reading.* Whoever calls `read` reads: on a client a task of its own, on a server the task that runs
 the handlers (`druvarpc.dispatch`).
@@ -83,6 +85,7 @@ class Session:
         "_on_end",
         "_over",
         "_parted",
+        "_pressed",
         "_sleeping",
         "_timer",
         "_timer_at",
@@ -118,6 +121,7 @@ class Session:
         self._handling = False
         self._sleeping: Task | None = None  # that of `run`
         self._unsent: Sequence[Buffer] = ()
+        self._pressed = False  # there is more to send than the transport takes
         self._write_began = math.inf  # when the transport took no more
         self._parted = False  # all has been written, and no more will be
         self._goodbye_at = math.inf
@@ -170,11 +174,17 @@ class Session:
     @trio.lowlevel.enable_ki_protection
     def write(self) -> None:
         """Write what the core has to send, as far as the transport takes it now."""
+        if self._pressed:
+            self._set_timer()
+        else:
+            self._write()
+
+    def _write(self) -> None:
         core = self.core
         if not self._unsent and not self._parted:
             if core.wants_to_send:
                 now = self.now()
-                buffers = core.data_to_send(now)
+                buffers = core.data_to_send(now, self.transport.write_size)
                 if core.has_events:
                     self.handle_events()
                 self._send(buffers, now)
@@ -193,11 +203,14 @@ class Session:
             self._break(error)
             return
         if self._unsent:
+            self._pressed = True
             size -= sum(map(len, self._unsent))
             self._write_began = min(self._write_began, now)
             self._wake_at(self._write_began + self.core.limits.stall_timeout)
         else:
             self._write_began = math.inf
+            if self.core.timed:
+                self.core.written(self.now())
         self.bytes_sent += size
 
     def _part(self) -> None:
@@ -265,18 +278,25 @@ class Session:
                 self._expire(self.now())
         finally:
             self._end()
+            self.core.release()
             self.transport.close()
 
     async def _write_all(self) -> None:
         """Write what others left, and what they flush."""
         while True:
-            self.write()
+            self._write()
             if self._unsent:
                 await self.transport.wait_writable()
                 self._send(self._unsent, self.now())
             elif self.core.wants_to_send and not self._parted:
-                await trio.lowlevel.checkpoint()
+                if self._pressed:
+                    self.transport.hold_back(self.core.yields(self.now()))
+                if self._pressed and not self.transport.has_room():
+                    await self.transport.wait_writable()
+                else:
+                    await trio.lowlevel.checkpoint()
             else:
+                self._pressed = False
                 self._sleeping = trio.lowlevel.current_task()
                 await trio.lowlevel.wait_task_rescheduled(self._wake_cancelled)
 

@@ -1,9 +1,24 @@
 """What `Client.statistics` and `Server.statistics` return."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from druvarpc.protocol.caller import MAX_COMBINATIONS
 from druvarpc.session import Session
+from druvarpc.timings import MethodTimes, TimesTotals
+
+
+class ClubCount(NamedTuple):
+    """What was sent with the same methods in one frame.
+
+    Attributes:
+        frames: how many such frames.
+        calls: how many calls were in them.
+    """
+
+    frames: int
+    calls: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +39,11 @@ class Statistics:
             first measurement.
         send_window: bytes that may be sent before more credit comes, all connections together.
         receive_window: bytes that peers may send before anything is consumed, likewise.
+        times: where the time of calls went, by method: of those that asked for it (see
+            `Client.stub`) and have been replied to. A server knows `queue` and `handler`, and of
+            what it sends `credit`; what else it waited for is its `way`.
+        clubs: which calls of a client rode together: by the methods in a frame, each once and
+            sorted. At most 256 such combinations are told apart; the others have the key ().
     """
 
     connections: int
@@ -37,6 +57,8 @@ class Statistics:
     rtt: float | None
     send_window: int
     receive_window: int
+    times: Mapping[str, MethodTimes]
+    clubs: Mapping[tuple[str, ...], ClubCount]
 
 
 @dataclass(slots=True)
@@ -50,6 +72,10 @@ class Totals:
     calls_clubbed: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
+    times: TimesTotals = field(default_factory=TimesTotals)
+    clubs: dict[tuple[str, ...], ClubCount] = field(
+        default_factory=dict[tuple[str, ...], ClubCount]
+    )
 
     def add(self, session: Session) -> None:
         """Add what a connection that has ended did."""
@@ -57,11 +83,15 @@ class Totals:
         self.calls_clubbed += session.core.calls_clubbed
         self.bytes_sent += session.bytes_sent
         self.bytes_received += session.bytes_received
+        _add_clubs(self.clubs, session)
 
     def with_open(self, sessions: Iterable[Session]) -> Statistics:
         """Return the sums together with those of the open connections."""
         opened = list(sessions)
         cores = [session.core for session in opened]
+        clubs = dict(self.clubs)
+        for session in opened:
+            _add_clubs(clubs, session)
         return Statistics(
             connections=len(opened),
             calls_started=self.calls_started,
@@ -74,4 +104,15 @@ class Totals:
             rtt=min((core.rtt for core in cores if core.rtt is not None), default=None),
             send_window=sum(core.send_window for core in cores),
             receive_window=sum(core.receive_window for core in cores),
+            times=self.times.by_method(),
+            clubs=clubs,
         )
+
+
+def _add_clubs(clubs: dict[tuple[str, ...], ClubCount], session: Session) -> None:
+    for methods, (frames, calls) in session.core.clubs.items():
+        key = (methods,) if isinstance(methods, str) else tuple(sorted(methods))
+        if key not in clubs and len(clubs) >= MAX_COMBINATIONS:
+            key = ()
+        before = clubs.get(key, ClubCount(0, 0))
+        clubs[key] = ClubCount(before.frames + frames, before.calls + calls)

@@ -4,10 +4,13 @@ import inspect
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
-from trio.lowlevel import Task, current_task, wait_task_rescheduled
+from trio.lowlevel import Task, checkpoint_if_cancelled, current_task, wait_task_rescheduled
 
-from druvarpc.calls import Call, Calls, Options
+from druvarpc.calls import Call, Options
+from druvarpc.connections import HEAVY, Connections
+from druvarpc.errors import ConnectionLost
 from druvarpc.service import Cardinality, Method, Service, methods_of
+from druvarpc.streaming import download, exchange, upload
 
 S = TypeVar("S", bound=Service)
 
@@ -15,10 +18,10 @@ S = TypeVar("S", bound=Service)
 class StubMethod:
     """A method of a stub: calling it makes the call."""
 
-    __slots__ = ("calls", "method", "options")
+    __slots__ = ("connections", "method", "options")
 
-    def __init__(self, calls: Calls, method: Method, options: Options) -> None:
-        self.calls = calls
+    def __init__(self, connections: Connections, method: Method, options: Options) -> None:
+        self.connections = connections
         self.method = method
         self.options = options
 
@@ -34,13 +37,13 @@ class StubMethod:
             TypeError: the arguments are not those of the method.
             RpcError: INVALID_ARGUMENT, an argument can't be encoded.
         """
-        method, calls = self.method, self.calls
+        method, connections = self.method, self.connections
         payload, source = method.encode_call(args, kwargs)
         if source is None:
-            return calls.download(method, self.options, payload)
+            return download(connections, method, self.options, payload)
         if method.cardinality is Cardinality.STREAM_UNARY:
-            return calls.upload(method, self.options, payload, source)
-        return calls.exchange(method, self.options, payload, source)
+            return upload(connections, method, self.options, payload, source)
+        return exchange(connections, method, self.options, payload, source)
 
 
 class UnaryMethod(StubMethod):
@@ -54,7 +57,12 @@ class UnaryMethod(StubMethod):
 
     async def _call(self, payload: bytes) -> Any:
         task = current_task()
-        call = self.begin(payload, task)
+        try:
+            call = self.begin(payload, task)
+        except ConnectionLost:
+            # Maybe since what cancels this task has ended the connection a moment before.
+            await checkpoint_if_cancelled()
+            raise
         call.task = task
         await wait_task_rescheduled(call.cancelled)
         return self.decode(call) if call.plain else await self.result(call)
@@ -66,16 +74,19 @@ class UnaryMethod(StubMethod):
             ConnectionLost: the connection has ended or takes no more calls.
             RpcError: INVALID_ARGUMENT, the call can't be sent.
         """
-        options = self.options
-        call = Call(
-            self.calls, self.method.name, payload, lane=options.lane, metadata=options.metadata
-        )
-        self.calls.submit(call, task)
+        options, connections = self.options, self.connections
+        calls = connections.only or connections.choose(len(payload), options.lane)
+        call = Call(calls, self.method.name, payload, lane=options.lane, metadata=options.metadata)
+        if len(payload) > HEAVY:
+            call.weight = len(payload)
+        if options.timed:
+            options.time(call)
+        calls.submit(call, task)
         return call
 
     async def result(self, call: Call) -> Any:
         """Wait for a call and return its result; cancelled, abandon it."""
-        return self.method.decode_result(await self.calls.result(call))
+        return self.method.decode_result(await call.calls.result(call))
 
     def decode(self, call: Call) -> Any:
         """Return the result of a call whose reply is `plain`."""
@@ -96,8 +107,8 @@ def unary_method(method: object, place: str) -> UnaryMethod:
     return method
 
 
-def make_stub(service: type[S], calls: Calls, options: Options) -> S:
-    """Return a stub of a service that calls by `calls`.
+def make_stub(service: type[S], connections: Connections, options: Options) -> S:
+    """Return a stub of a service that calls over some of `connections`.
 
     Raises:
         TypeError: an annotation of the service can't be resolved.
@@ -112,5 +123,5 @@ def make_stub(service: type[S], calls: Calls, options: Options) -> S:
     for attribute, method in methods_of(service).items():
         unary = method.cardinality is Cardinality.UNARY_UNARY
         kind_of_method = UnaryMethod if unary else StubMethod
-        object.__setattr__(stub, attribute, kind_of_method(calls, method, options))
+        object.__setattr__(stub, attribute, kind_of_method(connections, method, options))
     return stub

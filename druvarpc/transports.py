@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import trio
 
 from druvarpc.errors import ConnectionLost
+from druvarpc.tcp import send_buffer, set_congestion_control
 
 Buffer = bytes | bytearray | memoryview
 
@@ -29,6 +30,10 @@ RECEIVE_SIZE: Final = 64 * 1024
 JOIN_SIZE: Final = 16 * 1024
 # The kernel takes at most IOV_MAX buffers at once: 1,024 on Linux and macOS.
 MAX_BUFFERS: Final = 512
+# What is offered to a transport at once at first: enough that a system call costs little.
+WRITE_SIZE: Final = 256 * 1024
+# The least that is offered on a slow link, where what isn't taken delays what comes after it.
+LEAST_WRITE: Final = 16 * 1024
 # What a memory transport holds for a reader, like a socket's buffer.
 MEMORY_BUFFER: Final = 256 * 1024
 
@@ -87,6 +92,15 @@ class Transport(Protocol):
         """The other end's address, as far as it is known."""
         ...
 
+    @property
+    def write_size(self) -> int:
+        """Bytes that are worth offering at once; what isn't taken of them can't be overtaken."""
+        ...
+
+    def hold_back(self, gentle: bool) -> None:
+        """Say whether what is sent should leave the link to others and make no queue there."""
+        ...
+
     async def receive(self) -> bytes:
         """Wait for bytes and return what has come; b"" when the other end has closed.
 
@@ -110,6 +124,10 @@ class Transport(Protocol):
     async def wait_writable(self) -> None:
         """Wait until there is room again, or the connection is broken; for one task at a time."""
 
+    def has_room(self) -> bool:
+        """Whether more should be written now, after what was written has been taken."""
+        ...
+
     def send_eof(self) -> None:
         """Tell the other end that nothing more comes.
 
@@ -131,14 +149,25 @@ class SocketTransport:
         peer: the other end's address.
     """
 
-    __slots__ = ("_eager", "_socket", "peer")
+    __slots__ = ("_eager", "_send_buffer", "_socket", "peer", "write_size")
 
     def __init__(self, stream: trio.SocketStream, peer: str) -> None:
         self.peer = peer
         # Out of trio's wrapper, whose methods give up the task's turn after each system call.
         self._socket = socket.socket(fileno=stream.socket.detach())
         self._socket.setblocking(False)
+        self.write_size = WRITE_SIZE
+        self._send_buffer = send_buffer(self._socket)
         self._eager = False  # the last read was a full one: there is more
+
+    def set_congestion_control(self, name: str) -> None:
+        """Choose TCP's congestion control, which has been checked."""
+        set_congestion_control(self._socket, name)
+
+    def hold_back(self, gentle: bool) -> None:
+        """See `Transport`."""
+        if self._send_buffer is not None:
+            self._send_buffer.gentle = gentle
 
     async def receive(self) -> bytes:
         """See `Transport`."""
@@ -183,11 +212,25 @@ class SocketTransport:
                 return rest
         return rest
 
+    def has_room(self) -> bool:
+        """See `Transport`."""
+        return self._send_buffer is not None and self._send_buffer.has_room()
+
     async def wait_writable(self) -> None:
         """See `Transport`."""
         if self._socket.fileno() < 0:
             raise trio.ClosedResourceError("this end was closed")
-        await trio.lowlevel.wait_writable(self._socket)
+        buffer = self._send_buffer
+        if buffer is None:
+            await trio.lowlevel.wait_writable(self._socket)
+            return
+        asked = False
+        while not asked:
+            with trio.move_on_after(buffer.patience) as scope:
+                await trio.lowlevel.wait_writable(self._socket)
+            asked = not scope.cancelled_caught or buffer.has_room()
+        if buffer.tune():
+            self.write_size = max(LEAST_WRITE, min(buffer.unsent // 2, WRITE_SIZE))
 
     def send_eof(self) -> None:
         """See `Transport`."""
@@ -235,10 +278,14 @@ class MemoryTransport:
     """One end of a connection within the process; made in pairs by `memory_transports`."""
 
     peer = "memory"
+    write_size = WRITE_SIZE
 
     def __init__(self, incoming: _Pipe, outgoing: _Pipe) -> None:
         self._incoming = incoming
         self._outgoing = outgoing
+
+    def hold_back(self, gentle: bool) -> None:
+        """See `Transport`."""
 
     async def receive(self) -> bytes:
         """See `Transport`."""
@@ -267,6 +314,10 @@ class MemoryTransport:
             pipe.wake()
         return ()
 
+    def has_room(self) -> bool:
+        """See `Transport`."""
+        return self._outgoing.size < MEMORY_BUFFER
+
     async def wait_writable(self) -> None:
         """See `Transport`."""
         pipe = self._outgoing
@@ -291,8 +342,24 @@ def memory_transports() -> tuple[MemoryTransport, MemoryTransport]:
     return MemoryTransport(one, other), MemoryTransport(other, one)
 
 
-async def open_transport(address: Address) -> Transport:
+def check_congestion_control(name: str, addresses: Sequence[Address]) -> None:
+    """See to it that sockets for `addresses` can use a congestion control.
+
+    Raises:
+        ValueError: they can't.
+    """
+    if any(address.scheme != "tcp" for address in addresses):
+        raise ValueError(f"congestion control {name!r}: only TCP has one")
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        set_congestion_control(probe, name)
+
+
+async def open_transport(address: Address, congestion_control: str | None = None) -> Transport:
     """Connect; for a name with several addresses by Happy Eyeballs (RFC 8305).
+
+    Args:
+        address: where to.
+        congestion_control: that of TCP, see `check_congestion_control`; None for the default.
 
     Raises:
         ConnectionLost: nobody answers there; no call has been started.
@@ -306,17 +373,30 @@ async def open_transport(address: Address) -> Transport:
         raise ConnectionLost(
             f"can't connect to {address}: {_reason(error)}", not_started=True
         ) from error
-    return SocketTransport(stream, str(address))
+    transport = SocketTransport(stream, str(address))
+    if congestion_control is not None:
+        transport.set_congestion_control(congestion_control)
+    return transport
 
 
-async def open_listeners(address: Address) -> list[trio.SocketListener]:
+async def open_listeners(
+    address: Address, congestion_control: str | None = None
+) -> list[trio.SocketListener]:
     """Listen; for a name on all its addresses.
+
+    Args:
+        address: where.
+        congestion_control: that of TCP for what is accepted; None for the default.
 
     Raises:
         OSError: that isn't possible.
     """
     if address.scheme == "tcp":
-        return await trio.open_tcp_listeners(address.port, host=address.host)
+        listeners = await trio.open_tcp_listeners(address.port, host=address.host)
+        for listener in listeners if congestion_control is not None else ():
+            assert congestion_control is not None
+            set_congestion_control(listener.socket, congestion_control)
+        return listeners
     path = Path(address.path)
     _remove_stale_socket(path)
     listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -21,9 +21,12 @@ from druvarpc.protocol.frames import Role, Settings
 from druvarpc.protocol.lanes import Priority
 from druvarpc.protocol.limits import Limits
 from druvarpc.protocol.streams import Incoming, Reference, State, Stream
+from druvarpc.protocol.times import Times
+from druvarpc.protocol.windows import Budget
 
 __all__ = [
     "AuthReceived",
+    "Budget",
     "CallsReceived",
     "Clubbing",
     "Connection",
@@ -48,5 +51,6 @@ __all__ = [
     "Stalled",
     "State",
     "Stream",
+    "Times",
     "Writable",
 ]

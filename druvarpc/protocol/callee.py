@@ -25,6 +25,7 @@ from druvarpc.protocol.events import AuthReceived, CallsReceived, Readable, Rese
 from druvarpc.protocol.frames import Buffer, Metadata
 from druvarpc.protocol.lanes import Priority
 from druvarpc.protocol.streams import Club, Input, State, Stream
+from druvarpc.protocol.times import Times
 from druvarpc.protocol.wire import MAX_CLUB, Wire, data_cost
 
 
@@ -85,6 +86,7 @@ class Callee:
             and stream.incoming is None
             and stream.outgoing is None
             and stream.club is None
+            and stream.times is None
         ):
             # What follows, for a call without data.
             stream.final = [stream.id, payload]
@@ -111,6 +113,8 @@ class Callee:
         if outcome is not None:
             self._check(outcome, failed=failed, payload=payload)
         self._held.pop(stream, None)
+        if stream.times is not None:
+            stream.times.done = now
         outflow, message = self._wire.outflow, None
         if failed:
             if not after_data:
@@ -176,6 +180,8 @@ class Callee:
             return
         payload = item[1]
         size = CALL_OVERHEAD + (len(payload) if isinstance(payload, bytes) else 0)
+        if stream.times is not None:
+            _add_timings(item, stream, stream.times)
         if len(item) > 2:
             size = len(frames.pack(item))
         self._wire.moved(stream, Input.REPLY_DOWN)
@@ -301,6 +307,8 @@ class Callee:
             call.id = id
             call.state = State.OPEN if call.more else State.CALLED
             wire.streams[id] = call
+            if call.timings:
+                call.times = Times(now)
             if call.references and club is None:
                 club = Club(first, calls, wire.limits.max_message)
             if call.payload is None or call.references:
@@ -341,6 +349,8 @@ class Callee:
             return
         stream.payload = wire.inflow.take(stream, now) if readable else None
         if stream.payload is not None:
+            if stream.times is not None:
+                stream.times.start = now
             if self._runnable(stream, now):
                 wire.events.append(CallsReceived([stream]))
         elif ends:
@@ -376,3 +386,14 @@ class Callee:
         self._wire.patience.charge(now)
         token, metadata = frames.decode_auth(frame.body, self._wire.accepted.max_metadata)
         self._wire.events.append(AuthReceived(token, metadata))
+
+
+def _add_timings(item: list[object], stream: Stream, times: Times) -> None:
+    """Add position 7 to a reply, if its handler hasn't."""
+    item += [None] * (8 - len(item))
+    if item[7] is not None:
+        return
+    done = times.done
+    assert done is not None, "the reply has been made"
+    lacked = 0.0 if stream.outgoing is None else stream.outgoing.lacked_credit(done)
+    item[7] = [round(one * 1e6) for one in (*times.served(done), lacked)]

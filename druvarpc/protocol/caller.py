@@ -7,6 +7,8 @@ server's `max_calls` takes no turn until a call has been CLOSED.
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from operator import attrgetter
+from typing import Final
 
 from druvarpc.errors import LocalProtocolError, RemoteProtocolError, Status
 from druvarpc.protocol import frames
@@ -29,7 +31,13 @@ from druvarpc.protocol.events import (
 from druvarpc.protocol.frames import Buffer
 from druvarpc.protocol.lanes import Priority
 from druvarpc.protocol.streams import Input, State, Stream
+from druvarpc.protocol.times import Times
 from druvarpc.protocol.wire import MAX_CLUB, Wire
+
+# Of methods in one frame, that are counted apart; with more, the rest is counted together.
+MAX_COMBINATIONS: Final = 256
+
+_METHOD_OF: Final = attrgetter("method")
 
 
 class Caller:
@@ -44,7 +52,15 @@ class Caller:
         wire: what the connection's parts share.
     """
 
-    __slots__ = ("_abandoned", "_clubbing", "_names", "_queues", "deadline", "wire")
+    __slots__ = (
+        "_abandoned",
+        "_clubbing",
+        "_names",
+        "_queues",
+        "_timing",
+        "deadline",
+        "wire",
+    )
 
     def __init__(self, wire: Wire, clubbing: Clubbing) -> None:
         self.deadline: float | None = None
@@ -52,6 +68,7 @@ class Caller:
         self._clubbing = clubbing
         self._names = MethodNames()
         self._abandoned = 0
+        self._timing = False  # a call has asked for its times
         # A list is an explicit club; it is cut only where there is no room for all of it.
         self._queues: dict[Priority, deque[Stream | list[Stream]]] = defaultdict(deque)
 
@@ -65,6 +82,8 @@ class Caller:
         self._check(stream)
         if stream.references:
             raise LocalProtocolError(f"{stream!r} refers to other calls outside a club")
+        if stream.timings:
+            self._time(stream, now)
         queue = self._queues[stream.lane]
         queue.append(stream)
         if not self._clubbing.linger or len(queue) >= self._clubbing.max_calls:
@@ -72,7 +91,7 @@ class Caller:
         elif self.deadline is None:
             self.deadline = now + self._clubbing.linger
 
-    def club(self, calls: Sequence[Stream]) -> None:
+    def club(self, calls: Sequence[Stream], now: float) -> None:
         """Queue calls that go out in one frame; arguments too large for it go as data."""
         if len({call.lane for call in calls}) != 1:
             raise LocalProtocolError("a club has at least one call, and all in one lane")
@@ -91,6 +110,9 @@ class Caller:
                 size += call_size(call)
         if size > MAX_CLUB:
             raise LocalProtocolError(f"a club of {size} bytes without its arguments")
+        for call in calls:
+            if call.timings:
+                self._time(call, now)
         lane = calls[0].lane
         self._queues[lane].append(list(calls))
         self.wire.outflow.offer_club(lane)
@@ -172,11 +194,32 @@ class Caller:
         out.append(frame)
         wire.clubs_sent += 1
         wire.calls_clubbed += len(calls) if len(calls) > 1 else 0
+        self._count(calls)
+        if self._timing:
+            for call in calls:
+                if call.times is not None:
+                    call.times.begun = now
+                    wire.framed.append(call.times)
         if abandoned:
             for call in calls:
                 if call.abandoned:
                     self._end(call, Status.CANCELLED, "")
         return len(frame), bool(queue)
+
+    def _time(self, call: Stream, now: float) -> None:
+        call.times = Times(now)
+        self._timing = True
+
+    def _count(self, calls: list[Stream]) -> None:
+        methods = calls[0].method if len(calls) == 1 else frozenset(map(_METHOD_OF, calls))
+        clubs = self.wire.clubs
+        count = clubs.get(methods)
+        if count is None:
+            count = clubs.setdefault(
+                methods if len(clubs) < MAX_COMBINATIONS else frozenset(), [0, 0]
+            )
+        count[0] += 1
+        count[1] += len(calls)
 
     def sent(self, stream: Stream, *, ended: bool) -> None:
         """Note that END has gone, if it has."""

@@ -46,6 +46,7 @@ _LANE: Final = 0x06
 _TIMINGS: Final = 0x08
 _UNKNOWN: Final = 0xF0
 _NOT_STARTED: Final = 0x01
+_STATUSES: Final = {int(status): status for status in Status}
 _NAME: Final = re.compile(r"[A-Za-z0-9_.]{1,255}")
 _MAX_MICROSECONDS: Final = 2**53
 
@@ -78,7 +79,8 @@ class Outcome:
     Attributes:
         details: one MessagePack value, or None.
         not_started: no part of the call was begun.
-        timings: microseconds in the server's queue and in the handler, if they were asked for.
+        timings: microseconds in the server's queue, in the handler, and in which the server's data
+            waited for credit, if they were asked for.
     """
 
     status: Status = Status.OK
@@ -86,7 +88,7 @@ class Outcome:
     details: bytes | None = None
     not_started: bool = False
     trailers: Metadata = ()
-    timings: tuple[int, int] | None = None
+    timings: tuple[int, int, int] | None = None
 
 
 class MethodNames:
@@ -288,13 +290,14 @@ def _decode_outcome(item: list[Any], accepted: Settings) -> Outcome:
         raise RemoteProtocolError(f"REPLIES: flags {flags:#x}")
     timings = element(item, 7)
     if timings is not None:
-        queue, handler = check_array(timings, "REPLIES: timings", 2)[:2]
+        array = check_array(timings, "REPLIES: timings", 2)
         timings = (
-            check_uint(queue, "REPLIES: timings"),
-            check_uint(handler, "REPLIES: timings"),
+            check_uint(array[0], "REPLIES: timings"),
+            check_uint(array[1], "REPLIES: timings"),
+            check_optional_uint(element(array, 2), "REPLIES: timings"),
         )
     return Outcome(
-        Status(number) if number <= max(Status) else Status.UNKNOWN,
+        _STATUSES.get(number, Status.UNKNOWN),
         check_text(element(item, 3), "REPLIES: message"),
         details,
         bool(flags & _NOT_STARTED),

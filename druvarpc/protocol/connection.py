@@ -16,7 +16,7 @@ After an error nothing more is read, `data_to_send` returns a last GOAWAY, and t
 true.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from druvarpc.errors import CloseCode, LocalProtocolError, RemoteProtocolError, Status
@@ -36,10 +36,13 @@ from druvarpc.protocol.frames import Buffer, Metadata, Role, Settings
 from druvarpc.protocol.limits import Limits
 from druvarpc.protocol.liveness import Liveness
 from druvarpc.protocol.streams import Incoming, State, Stream
+from druvarpc.protocol.windows import Budget
 from druvarpc.protocol.wire import Wire
 
 # One write: large enough that a system call costs little, small enough that lanes decide late.
 WRITE_SIZE: Final = 256 * 1024
+# Seconds after a small call overtook bulk in which others are expected.
+SHARED_TIME: Final = 1.0
 # PONGs that wait for a peer that doesn't read.
 MAX_PONGS: Final = 256
 
@@ -52,6 +55,7 @@ class Connection:
         now: the time, in seconds of any clock that doesn't go back, as in all methods.
         limits: what this end accepts.
         clubbing: how calls gather; the client's.
+        budget: memory that this connection shares with others; see `release`.
 
     Attributes:
         role: which end.
@@ -82,12 +86,13 @@ class Connection:
         now: float,
         limits: Limits | None = None,
         clubbing: Clubbing | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.role = Role(role)
         self.closed = False
         limits = limits or Limits()
         self.limits = limits
-        self._wire = wire = Wire(self.role, limits, now)
+        self._wire = wire = Wire(self.role, limits, now, budget)
         self._liveness = Liveness(limits, now)
         self._closing = False
         self._draining = False  # GOAWAY is still to be sent
@@ -164,6 +169,24 @@ class Connection:
         return self._wire.calls_clubbed
 
     @property
+    def clubs(self) -> Mapping[str | frozenset[str], Sequence[int]]:
+        """Frames of calls sent and the calls in them, by the methods that rode together.
+
+        The key of a call that rode alone is its method; without a method is counted what came after
+        `MAX_COMBINATIONS` others.
+        """
+        return self._wire.clubs
+
+    def yields(self, now: float) -> bool:
+        """Whether what waits to be sent should leave the link to others.
+
+        It is bulk alone; or a club has gone ahead of data of a less urgent lane within
+        `SHARED_TIME`.
+        """
+        outflow = self._wire.outflow
+        return outflow.lanes.only_bulk or now - outflow.overtaken < SHARED_TIME
+
+    @property
     def has_events(self) -> bool:
         """Whether `next_event` has something to tell, an error included."""
         return bool(self._told or self._wire.events) or self._error is not None
@@ -224,6 +247,8 @@ class Connection:
         """Return buffers, about `most` bytes in all, to be written next and in their order."""
         wire = self._wire
         out: list[Buffer] = []
+        if wire.framed:
+            wire.framed.clear()
         if self._closing:
             self.closed = True
             out, self._farewell = self._farewell, out
@@ -240,6 +265,17 @@ class Connection:
                 out.append(frames.encode_credits(credits[start : start + frames.MAX_CREDITS]))
         wire.outflow.send(out, most, now)
         return out
+
+    @property
+    def timed(self) -> bool:
+        """Whether calls that ask for their times are in what `data_to_send` last returned."""
+        return bool(self._wire.framed)
+
+    def written(self, now: float) -> None:
+        """Note, for calls that ask for their times, that the transport has taken all of it."""
+        for times in self._wire.framed:
+            times.done = now
+        self._wire.framed.clear()
 
     def next_deadline(self) -> float | None:
         """Return when `handle_timer` is to be called; None if the connection is over."""
@@ -298,6 +334,10 @@ class Connection:
             self._wire.goaway(code, message, self._last_accepted())
             self._farewell, self._wire.control = self._wire.control, []
 
+    def release(self) -> None:
+        """Give the shared budget back what this connection took; for when its transport is gone."""
+        self._wire.inflow.part()
+
     def _last_accepted(self) -> int:
         return 0 if self.role is Role.CLIENT else self._wire.last_id
 
@@ -311,13 +351,13 @@ class Connection:
         """
         self._caller.call(stream, now)
 
-    def club(self, calls: Sequence[Stream]) -> None:
+    def club(self, calls: Sequence[Stream], now: float) -> None:
         """Submit calls that go out in one frame and may refer to results of one another.
 
         Raises:
             LocalProtocolError: they can't be sent in one frame.
         """
-        self._caller.club(calls)
+        self._caller.club(calls, now)
 
     def reset(
         self, stream: Stream, now: float, code: int = Status.CANCELLED, message: str = ""
@@ -488,7 +528,8 @@ class Connection:
 
     def _on_pong(self, frame: Frame, now: float) -> None:
         sample = self._liveness.pong(frame.id, now)
-        self._wire.inflow.rtt = self._liveness.rtt
+        assert self._liveness.rtt is not None
+        self._wire.inflow.measured(self._liveness.rtt)
         self._wire.events.append(PongReceived(frame.id, sample))
 
     def _on_goaway(self, frame: Frame, now: float) -> None:

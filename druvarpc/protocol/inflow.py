@@ -15,7 +15,7 @@ from druvarpc.protocol.buffer import Frame
 from druvarpc.protocol.frames import END_MESSAGE, Buffer
 from druvarpc.protocol.limits import Limits
 from druvarpc.protocol.streams import Incoming, State, Stream
-from druvarpc.protocol.windows import Budget, ReceiveWindow
+from druvarpc.protocol.windows import LEAST_RTT, MOST_RTT, Budget, ReceiveWindow
 
 # A part of a message shorter than this is copied: a view would pin all the input it came with.
 _VIEW = 16 * 1024
@@ -27,9 +27,10 @@ class Inflow:
     Args:
         limits: what this end accepts.
         receiving: the states of a stream in which data can come.
+        budget: memory that is shared with other connections.
 
     Attributes:
-        rtt: seconds, as last measured; None until then. Windows don't grow without it.
+        rtt: seconds that windows take for a round trip.
         window: the connection's window.
         due: the credit to give, by stream; 0 is the connection.
     """
@@ -45,25 +46,28 @@ class Inflow:
         "window",
     )
 
-    def __init__(self, limits: Limits, receiving: Set[State]) -> None:
-        self.rtt: float | None = None
+    def __init__(self, limits: Limits, receiving: Set[State], budget: Budget | None) -> None:
+        self.rtt = MOST_RTT
         self._limits = limits
         self._receiving = receiving
-        self._budget = Budget(limits.memory)
-        self.window = ReceiveWindow(limits.connection_window, limits.memory, self._budget)
+        self._budget = Budget(limits.memory, budget)
+        self.window = ReceiveWindow(limits.connection_window, self._budget)
         self._favoured: Stream | None = None
         self._starving: dict[Stream, None] = {}
         self.due: dict[int, int] = {}
 
+    def measured(self, rtt: float) -> None:
+        """Note how long a round trip takes, in seconds."""
+        self.rtt = min(max(rtt, LEAST_RTT), MOST_RTT)
+
+    def part(self) -> None:
+        """Leave the shared memory to the other connections."""
+        self._budget.part()
+
     def open(self, stream: Stream) -> Incoming:
         """Return the incoming direction of a stream, made when first needed."""
         if stream.incoming is None:
-            window = ReceiveWindow(
-                self._limits.stream_window,
-                max(self._limits.memory // 4, self._limits.stream_window),
-                self._budget,
-            )
-            stream.incoming = Incoming(window)
+            stream.incoming = Incoming(ReceiveWindow(self._limits.stream_window, self._budget))
             stream.incoming.ended = stream.state not in self._receiving
         return stream.incoming
 

@@ -77,6 +77,18 @@ class Lanes(Generic[Source]):
         assert chosen is not None, "some source waits in one of the lanes"
         return self._rings[chosen].pop(0), chosen
 
+    @property
+    def only_bulk(self) -> bool:
+        """Whether all that waits is in the least urgent lane."""
+        return len(self._rings[Priority.BULK]) == self.waiting > 0
+
+    def waits_behind(self, lane: Priority) -> bool:
+        """Whether something waits in a less urgent lane."""
+        rings = self._rings
+        return bool(
+            rings[Priority.BULK] or (lane is Priority.INTERACTIVE and rings[Priority.NORMAL])
+        )
+
     def sent(self, lane: Priority, size: int) -> None:
         """Count bytes sent from a lane, which the lanes that wait were passed over by."""
         # In bytes, not in turns: a lane of small messages stays overdue until it had its share.

@@ -9,7 +9,7 @@ from druvarpc.protocol.frames import Settings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What an endpoint grants to each of its connections.
+    """What an endpoint grants to each of its connections, and in `total_memory` to all together.
 
     The memory that a peer can make a connection hold is at most `connection_window` for messages
     that nobody reads, `memory` for growth and for large messages that are arriving, and
@@ -27,6 +27,8 @@ class Limits:
         stream_window: bytes that a call may send before the first is consumed.
         connection_window: the same for all calls of a connection together.
         memory: bytes that windows may grow by and unfinished messages may take.
+        total_memory: the same for all connections of a server, or of a client, together; beyond it
+            each connection still gets one unfinished message.
         handshake_timeout: seconds until the peer's settings have come.
         frame_timeout: seconds from a frame's first byte to its last.
         keepalive_interval: seconds of silence until the peer is asked whether it lives.
@@ -34,7 +36,7 @@ class Limits:
         stall_timeout: seconds that a call may wait for the peer's credit or socket.
     """
 
-    max_calls: int = 1024
+    max_calls: int = 4096
     max_club: int = 1024
     max_inline: int = 16 * 1024
     max_message: int = 16 * 1024 * 1024
@@ -42,7 +44,8 @@ class Limits:
     max_metadata: int = 8 * 1024
     stream_window: int = 128 * 1024
     connection_window: int = 1024 * 1024
-    memory: int = 64 * 1024 * 1024
+    memory: int = 128 * 1024 * 1024
+    total_memory: int = 512 * 1024 * 1024
     handshake_timeout: float = 10.0
     frame_timeout: float = 60.0
     keepalive_interval: float = 30.0

@@ -7,8 +7,10 @@ from druvarpc.protocol.limits import Limits
 
 # While data arrive the round trip is measured this often, in seconds.
 _MEASURE: Final = 5.0
+# The same at first, when the only measurement may have waited behind the first burst.
+_MEASURE_FIRST: Final = 0.25
 # The round-trip time is the least of so many measurements: what waited in a queue is left out, and
-# a route that became longer is noticed after eight.
+# a route that became longer is noticed after eight. So many are also taken in haste.
 _SAMPLES: Final = 8
 
 
@@ -26,7 +28,7 @@ class Liveness:
         "_handshake",
         "_heard",
         "_limits",
-        "_measured",
+        "_measure",
         "_pings",
         "_samples",
         "rtt",
@@ -43,7 +45,7 @@ class Liveness:
         self._pings: list[tuple[int, float]] = []
         self._count = 0
         self._samples: list[float] = []
-        self._measured = now
+        self._measure = now + _MEASURE_FIRST
 
     def heard(self, now: float, *, in_frame: bool, completed: bool) -> bool:
         """Note that bytes have come: whether they completed a frame, and whether one has begun.
@@ -56,12 +58,12 @@ class Liveness:
             self._frame = None
         elif completed or self._frame is None:
             self._frame = now + self._limits.frame_timeout
-        return now - self._measured >= _MEASURE and not self._pings
+        return now >= self._measure and not self._pings
 
     def ping(self, now: float) -> int:
         """Note that a PING is sent; return its id."""
         self._count += 1
-        self._measured = now
+        self._measure = now + (_MEASURE if self._count > _SAMPLES else _MEASURE_FIRST)
         self._pings.append((self._count, now))
         return self._count
 

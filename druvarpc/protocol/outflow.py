@@ -6,6 +6,7 @@ out as clubs without credit. A stream that lacks credit leaves the lanes for `st
 back with the next CREDIT; nothing else waits for it.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Final, Protocol
 
@@ -60,6 +61,7 @@ class Outflow:
         stalled: streams that wait for credit.
         window: the connection's credit.
         frames_sent: DATA frames sent.
+        overtaken: when a club last went ahead of data of a less urgent lane.
     """
 
     __slots__ = (
@@ -70,6 +72,7 @@ class Outflow:
         "clubs",
         "frames_sent",
         "lanes",
+        "overtaken",
         "stalled",
         "window",
     )
@@ -79,6 +82,7 @@ class Outflow:
     def __init__(self, window: int, events: list[Event]) -> None:
         self.window = SendWindow(window)
         self.frames_sent = 0
+        self.overtaken = -math.inf
         self._stream_window = window
         self._events = events
         self.lanes: Lanes[Stream | Priority] = Lanes()
@@ -157,7 +161,9 @@ class Outflow:
         """Return the streams that got no credit for `timeout` seconds, and begin to count anew."""
         expired = [stream for stream in self.stalled if _since(stream) + timeout <= now]
         for stream in expired:
-            self.open(stream).blocked = now
+            outgoing = self.open(stream)
+            outgoing.unblock(now)
+            outgoing.blocked = now
         return expired
 
     @property
@@ -171,31 +177,34 @@ class Outflow:
         while size < most and (turn := self.lanes.next()) is not None:
             source, lane = turn
             if isinstance(source, Priority):
+                if lane is not Priority.BULK and self.lanes.waits_behind(lane):
+                    self.overtaken = now
                 sent, more = self.clubs.send_club(lane, out, now)
                 if more:
                     self.lanes.add(source, lane)
                 else:
                     self._has_club[lane] = False
             else:
-                sent = self._send_data(source, out, now)
+                sent = self._send_data(source, out, most - size, now)
             self.lanes.sent(lane, sent)
             size += sent
 
-    def _send_data(self, stream: Stream, out: list[Buffer], now: float) -> int:
+    def _send_data(self, stream: Stream, out: list[Buffer], most: int, now: float) -> int:
         outgoing = self.open(stream)
         if not outgoing.messages:
             outgoing.waiting = outgoing.ending = False
             out.append(data_header(0, END_STREAM, stream.id))
             self.clubs.sent(stream, ended=True)
             return HEADER_SIZE
-        size = min(outgoing.first, QUANTUM)
+        size = min(outgoing.first, QUANTUM, max(most, LEAST_CUT))
         credit = min(self.window.available, outgoing.window.available) - FRAME_COST
         if credit < min(size, LEAST_CUT):
             self.stalled[stream] = None
             if outgoing.blocked is None:
                 outgoing.blocked = now
             return 0
-        outgoing.blocked = None
+        if outgoing.blocked is not None:
+            outgoing.unblock(now)
         body, last = outgoing.cut(min(size, credit))
         cost = len(body) + FRAME_COST
         self.window.spend(cost)
@@ -208,9 +217,16 @@ class Outflow:
         if outgoing.congested and outgoing.queued <= LOW_MARK:
             outgoing.congested = False
             self._events.append(Writable(stream))
+        # A turn is a quantum of bytes, whatever the size of the messages and of the write: what
+        # goes beyond it counts for the next.
+        left = outgoing.left - len(body) - HEADER_SIZE
+        outgoing.left = left + QUANTUM if outgoing.left <= 0 else left
         if done:
+            outgoing.left = 0
             outgoing.waiting = outgoing.ending = False
             self.clubs.sent(stream, ended=ends)
+        elif outgoing.left > 0:
+            self.lanes.add_first(stream, stream.lane)
         else:
             self.lanes.add(stream, stream.lane)
         return len(body) + HEADER_SIZE

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 from druvarpc.protocol.frames import FRAME_COST, Buffer, Metadata
 from druvarpc.protocol.lanes import Priority
+from druvarpc.protocol.times import Times
 from druvarpc.protocol.windows import ReceiveWindow, SendWindow
 
 
@@ -86,17 +87,20 @@ class Outgoing:
         window: credit of the stream.
         queued: what the messages that wait take, in bytes; none is so small that it takes nothing.
         ending: nothing more will be queued; END goes out with or behind the last message.
-        blocked: when credit ran out, or None.
+        blocked: when credit ran out, or when that was last complained of, or None.
         waiting: in the lanes, or kept out of them by lack of credit.
         congested: the owner was told to wait.
+        left: bytes of this turn in the lane, below 0 what was taken beyond the last one.
         started: something was sent or queued, so that it's too late for METADATA.
     """
 
     __slots__ = (
         "_backlog",
+        "_unblocked",
         "blocked",
         "congested",
         "ending",
+        "left",
         "messages",
         "offset",
         "queued",
@@ -113,14 +117,25 @@ class Outgoing:
         self.queued = 0
         self.ending = False
         self.blocked: float | None = None
+        self._unblocked = 0.0  # seconds of the waits for credit that are over
         self.waiting = False
         self.congested = False
+        self.left = 0
         self.started = False
 
     @property
     def first(self) -> int:
         """Bytes of the first message that are still to go."""
         return len(self.messages[0]) - self.offset
+
+    def unblock(self, now: float) -> None:
+        """End the wait for credit."""
+        self._unblocked = self.lacked_credit(now)
+        self.blocked = None
+
+    def lacked_credit(self, now: float) -> float:
+        """Return the seconds in which messages waited for credit."""
+        return self._unblocked + (0.0 if self.blocked is None else max(0.0, now - self.blocked))
 
     def push(self, message: Buffer) -> None:
         """Queue one message."""
@@ -259,13 +274,15 @@ class Stream:
         lane: the priority of both directions.
         deadline: when the caller stops waiting, in the clock of `now`; None for never.
         metadata: what goes with the call.
-        timings: the caller asks for the times that the server takes.
+        timings: the caller asks where the call's time goes.
         references: arguments that are results of other calls of the club.
         token: the owner's own; the core never looks at it.
 
     Attributes:
         id: its number in the connection; 0 until the call has been sent.
         state: where it stands.
+        times: once it is submitted or has come, if the caller asks for timings. The server's owner
+            notes there when the handler begins and is idle, the client's when the caller is.
     """
 
     __slots__ = (
@@ -284,6 +301,7 @@ class Stream:
         "payload",
         "references",
         "state",
+        "times",
         "timings",
         "token",
     )
@@ -310,6 +328,7 @@ class Stream:
         self.deadline = deadline
         self.metadata = metadata
         self.timings = timings
+        self.times: Times | None = None
         self.references = references
         self.token = token
         self.outgoing: Outgoing | None = None

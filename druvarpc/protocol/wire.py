@@ -15,6 +15,8 @@ from druvarpc.protocol.inflow import Inflow
 from druvarpc.protocol.limits import Limits, Patience
 from druvarpc.protocol.outflow import Outflow
 from druvarpc.protocol.streams import Input, State, Stream
+from druvarpc.protocol.times import Times
+from druvarpc.protocol.windows import Budget
 
 # Where a side may still send, and so has a use for credit, and where it may receive.
 _DIRECTIONS: Final = {
@@ -43,6 +45,9 @@ class Wire:
         got_goaway: the id in the one that has come, None before that.
         clubs_sent: CALLS or REPLIES frames sent.
         calls_clubbed: calls or replies that went out in a frame with others.
+        clubs: CALLS frames sent and the calls in them, by the methods in the frame: a name for one
+            call alone, and no method for all that came after `MAX_COMBINATIONS`.
+        framed: the times of calls whose frames the last `data_to_send` returned.
     """
 
     __slots__ = (
@@ -50,9 +55,11 @@ class Wire:
         "_sending",
         "accepted",
         "calls_clubbed",
+        "clubs",
         "clubs_sent",
         "control",
         "events",
+        "framed",
         "got_goaway",
         "inflow",
         "last_id",
@@ -64,7 +71,7 @@ class Wire:
         "streams",
     )
 
-    def __init__(self, role: Role, limits: Limits, now: float) -> None:
+    def __init__(self, role: Role, limits: Limits, now: float, budget: Budget | None) -> None:
         self._sending, receiving = _DIRECTIONS[role]
         self.limits = limits
         self.accepted = limits.settings()
@@ -77,9 +84,11 @@ class Wire:
         self.got_goaway: int | None = None
         self.clubs_sent = 0
         self.calls_clubbed = 0
+        self.clubs: dict[str | frozenset[str], list[int]] = {}
+        self.framed: list[Times] = []
         self._crossed = 0
         self.patience = Patience(now)
-        self.inflow = Inflow(limits, receiving)
+        self.inflow = Inflow(limits, receiving, budget)
         self.outflow = Outflow(self.peer.connection_window, self.events)
 
     def move(self, stream: Stream, what: Input) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 import druvarpc
+from druvarpc.client import connect_by
 from druvarpc.protocol.frames import (
     CALLS,
     GOAWAY,
@@ -26,10 +27,23 @@ from druvarpc.protocol.frames import (
     pack,
     unpack_header,
 )
-from druvarpc.transports import Buffer, MemoryTransport, memory_transports
+from druvarpc.transports import Buffer, MemoryTransport, Transport, memory_transports
 
 ROOT = Path(__file__).parents[2]
 TCP = "tcp://127.0.0.1:0"
+
+
+@asynccontextmanager
+async def client_on(
+    transport: Transport, limits: druvarpc.Limits, timeout: float = 10
+) -> AsyncGenerator[druvarpc.Client, None]:
+    """A client whose one connection is `transport`."""
+
+    async def dial() -> Transport:
+        return transport
+
+    async with connect_by(dial, "memory", limits=limits, timeout=timeout) as client:
+        yield client
 
 
 class Work(druvarpc.Service):
@@ -298,8 +312,15 @@ class Vanishing:
 
     def __init__(self, inner: MemoryTransport) -> None:
         self.peer = "vanishing"
+        self.write_size = inner.write_size
         self.gone = False
         self._inner = inner
+
+    def has_room(self) -> bool:
+        return self._inner.has_room()
+
+    def hold_back(self, gentle: bool) -> None:
+        self._inner.hold_back(gentle)
 
     async def receive(self) -> bytes:
         data = await self._inner.receive()

@@ -8,7 +8,7 @@ import trio.testing
 
 import druvarpc
 from druvarpc import RpcError, Status, windowed
-from druvarpc.testing import connected
+from druvarpc.testing import Link, connected
 from tests.io.services import Chunk, ClosedGate, Gate, MemoryVault, Vault
 
 
@@ -355,3 +355,98 @@ async def test_a_connection_that_is_closed(source):
         with pytest.raises(druvarpc.ConnectionLost):
             await collect(windowed(closed, source([1, 2])))
         assert await collect(windowed(add, source([1, 2]))) == [2, 3]
+
+
+WIDE = druvarpc.Limits(max_calls=4096)
+FAR = Link(rtt=0.04, bandwidth=25e6)
+
+
+async def test_a_far_server_is_kept_busy_within_a_few_round_trips(autojump_clock):
+    async with connected([MemoryVault()], link=FAR, server_limits=WIDE) as client:
+        start = trio.current_time()
+        results = await collect(windowed(client.stub(Vault).echo, [bytes(64)] * 10_000))
+        assert len(results) == 10_000
+        assert trio.current_time() - start < 0.25
+
+
+@pytest.mark.parametrize("source", [iter, each])
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_no_more_calls_start_than_the_server_takes(source, ordered, autojump_clock):
+    line, limits = MyLine(), druvarpc.Limits(max_calls=64)
+    async with connected([line], link=FAR, server_limits=limits) as client:
+        calls = windowed(client.stub(Line).wait, source([0.1] * 500), ordered=ordered)
+        async with aclosing(calls) as results:
+            count = 0
+            async for _ in results:
+                count += 1
+                if ordered:
+                    assert client.statistics().calls_active <= 72
+    assert count == 500
+    assert line.most == 64
+
+
+@pytest.mark.parametrize("source", [iter, each])
+async def test_a_slow_call_does_not_keep_the_others_from_starting(source, autojump_clock):
+    line = MyLine()
+    async with connected([line], server_limits=WIDE) as client:
+        times = [10.0] + [0.1] * 1999
+        calls = windowed(client.stub(Line).wait, source(times))
+        async with aclosing(calls) as results, trio.open_nursery() as nursery:
+            nursery.start_soon(anext, results)
+            await trio.sleep(5)
+            # Its result is the first to be taken. Those behind it wait, and aren't without number.
+            assert len(line.begun) == 2000
+    line = MyLine()
+    async with connected([line], server_limits=WIDE) as client:
+        calls = windowed(client.stub(Line).wait, source([10.0] + [0.1] * 20_000))
+        async with aclosing(calls) as results, trio.open_nursery() as nursery:
+            nursery.start_soon(anext, results)
+            await trio.sleep(9)
+            assert 2000 <= len(line.begun) <= 2 * 4608
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("source", [iter, each])
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_a_slow_consumer_stops_the_source(source, ordered, autojump_clock):
+    async with connected([MemoryVault()], server_limits=druvarpc.Limits(max_calls=1024)) as client:
+        taken = 0
+
+        def numbers():
+            nonlocal taken
+            for number in range(20_000):
+                taken += 1
+                yield number
+
+        calls = windowed(client.stub(Vault).add, source(numbers()), ordered=ordered)
+        async with aclosing(calls) as sums:
+            for _ in range(3):
+                await anext(sums)
+                await trio.sleep(60)
+                assert taken <= 2 * 1152 + 4
+
+
+@pytest.mark.parametrize("source", [iter, each])
+async def test_large_results_are_bounded_in_bytes(source, autojump_clock):
+    started = 0
+
+    class Large(MemoryVault):
+        async def echo(self, data: bytes) -> bytes:
+            nonlocal started
+            started += 1
+            return bytes(256 * 1024)
+
+    async with connected([Large()]) as client:
+        window = windowed(client.stub(Vault).echo, source([b""] * 2000))
+        async with aclosing(window) as results:
+            for _ in range(1100):
+                await anext(results)
+            # Those that had begun before the first result came; beyond them some 24 MiB.
+            assert started <= 1100 + 96 + 16
+
+
+async def test_one_argument_that_is_longer_than_all_may_be():
+    limits = druvarpc.Limits(max_message=32 * 1024 * 1024)
+    async with connected([MemoryVault()], server_limits=limits) as client:
+        chunk = Chunk(b"1", bytes(30 * 1024 * 1024))
+        assert await collect(windowed(client.stub(Vault).put, [chunk])) == [len(chunk.data)]

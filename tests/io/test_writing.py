@@ -8,13 +8,12 @@ import pytest
 import trio
 
 import druvarpc
-from druvarpc.client import connect_by
 from druvarpc.protocol import Connection, Event, Reference, RepliesReceived, Stream
 from druvarpc.protocol.frames import pack
 from druvarpc.server import Server
 from druvarpc.testing import connected
 from druvarpc.transports import memory_transports
-from tests.io.peers import Work, Workshop
+from tests.io.peers import Work, Workshop, client_on
 from tests.io.services import MemoryVault, Vault
 
 QUIET = druvarpc.Limits(keepalive_interval=10_000)
@@ -82,7 +81,7 @@ async def test_a_reply_goes_out_while_calls_that_needed_it_block(waiting, autoju
             Stream("Work.echo", pack([None]), references=(Reference(0, 0),)) for _ in range(waiting)
         ]
         start = trio.current_time()
-        peer.core.club([first, *others])
+        peer.core.club([first, *others], 0.0)
         peer.send()
         await trio.sleep(50)
         assert [at - start for at in peer.replied()] == pytest.approx([1])
@@ -103,7 +102,7 @@ async def test_a_stream_whose_reader_gives_no_credit_is_given_up_in_time(autojum
     limits = druvarpc.Limits(stall_timeout=5, keepalive_interval=10_000)
     async with by_hand(Pouring(), limits) as peer:
         start = trio.current_time()
-        peer.core.call(Stream("Work.pour", pack([3, 2**20])), start)
+        peer.core.call(Stream("Work.pour", pack([30, 2**20])), start)
         peer.send()
         await trio.sleep(100)
         assert [at - start for at in stopped] == pytest.approx([5])
@@ -123,9 +122,7 @@ async def test_a_server_that_does_not_close_after_a_drain_changes_no_reason(auto
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve)
-        async with connect_by(
-            near, clubbing=druvarpc.Clubbing(), limits=QUIET, start=trio.current_time(), timeout=5
-        ) as client:
+        async with client_on(near, QUIET, timeout=5) as client:
             core.drain()
             assert not far.send_nowait(core.data_to_send(trio.current_time()))
             for _ in range(2):
@@ -176,13 +173,7 @@ def test_an_interrupt_leaves_no_half_of_a_write_behind():
         transport = Interrupt(near, lambda: signal.raise_signal(signal.SIGINT))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(Server([MemoryVault()], QUIET).serve_transport, far)
-            async with connect_by(
-                transport,
-                clubbing=druvarpc.Clubbing(),
-                limits=QUIET,
-                start=trio.current_time(),
-                timeout=5,
-            ) as client:
+            async with client_on(transport, QUIET, timeout=5) as client:
                 vault = client.stub(Vault)
                 for number in range(3):
                     answers.append(await vault.add(number))

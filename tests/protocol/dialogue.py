@@ -72,7 +72,7 @@ def speak(script: list[Say]) -> tuple[Connection, bytes]:
         streams.append(stream)
         if say.clubbed:
             other = Stream(stream.method, b"\x91\xc0", lane=say.lane, references=(Reference(0, 0),))
-            client.club([stream, other])
+            client.club([stream, other], 0.0)
             streams.append(other)
         else:
             client.call(stream, 0.0)
@@ -103,7 +103,7 @@ def answer(script: list[Say], said: bytes) -> bytes:
             for size in say.down:
                 if server.can_send(stream):
                     server.send(stream, b"d" * size)
-            outcome = Outcome(message="m", trailers=[("t", "")], timings=(1, 2))
+            outcome = Outcome(message="m", trailers=[("t", "")], timings=(1, 2, 3))
             if say.result is None:
                 server.reply(stream, 0.0, None, Outcome(Status.NOT_FOUND, "none", b"\xc0"))
             else:

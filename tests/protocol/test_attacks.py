@@ -895,7 +895,7 @@ def test_one_call_may_refer_to_one_result_twice() -> None:
         b"\x92\xc0\xc0",
         references=(Reference(0, 0, ("a",)), Reference(1, 0, ("b",))),
     )
-    pair.client.club([first, second])
+    pair.client.club([first, second], pair.now)
     pair.run()
     [got] = pair.arrived()
     pair.server.reply(got, pair.now, msgspec.msgpack.encode({"a": 1, "b": 2}))

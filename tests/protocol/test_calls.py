@@ -77,7 +77,7 @@ def test_a_deadline_may_have_passed_or_be_far(deadline: float) -> None:
 def test_a_reply_carries_all_that_belongs_to_it() -> None:
     two = Pair()
     mine, yours = two.accept()
-    failure = Outcome(Status.NOT_FOUND, "no such chunk", b"\x07", False, [("k", "v")], (10, 20))
+    failure = Outcome(Status.NOT_FOUND, "no such chunk", b"\x07", False, [("k", "v")], (10, 20, 30))
     two.server.reply(yours, two.now, None, failure)
     two.run()
     assert two.replies() == [(mine, None, failure)]
@@ -95,7 +95,7 @@ def test_a_message_that_is_too_long_is_cut_between_characters() -> None:
 def test_an_outcome_with_a_large_result_comes_after_it() -> None:
     two = Pair()
     mine, yours = two.accept()
-    outcome = Outcome(trailers=[], timings=(1, 2))
+    outcome = Outcome(trailers=[], timings=(1, 2, 3))
     two.server.reply(yours, two.now, LARGE, outcome)
     two.run()
     assert two.replies() == [(mine, None, outcome)]
@@ -320,9 +320,9 @@ def test_calls_that_gave_up_waiting_do_not_pile_up() -> None:
         two.call()
     two.run()
     patient = [two.call() for _ in range(10)]
-    two.client.club([Stream("Vault.put", b"\x90") for _ in range(2)])
+    two.client.club([Stream("Vault.put", b"\x90") for _ in range(2)], two.now)
     abandoned = Stream("Vault.put", b"\x90")
-    two.client.club([abandoned, Stream("Vault.put", b"\x90")])
+    two.client.club([abandoned, Stream("Vault.put", b"\x90")], two.now)
     two.client.reset(abandoned, two.now)
     for _ in range(1000):
         two.client.reset(two.call(), two.now)
@@ -344,7 +344,7 @@ def test_a_club_that_nobody_waits_for_is_not_sent() -> None:
     club = [Stream("Vault.put", b"\x90") for _ in range(2)]
     for _ in range(20):
         two.call()
-    two.client.club(club)
+    two.client.club(club, two.now)
     for call in club:
         two.client.reset(call, two.now)
     two.run()

@@ -25,7 +25,7 @@ def begin(**options: Any) -> Stream:
 
 def club(two: Pair, *calls: Stream) -> list[Stream]:
     """Submit a club and carry it over; return what arrived."""
-    two.client.club(calls)
+    two.client.club(calls, two.now)
     two.run()
     return two.arrived()
 
@@ -44,7 +44,7 @@ def test_calls_of_a_club_run_at_once_if_nothing_keeps_them() -> None:
 def test_a_club_is_not_taken_apart_nor_joined() -> None:
     two = Pair({"clubbing": Clubbing(max_calls=2)})
     two.call()
-    two.client.club([begin() for _ in range(4)])
+    two.client.club([begin() for _ in range(4)], two.now)
     two.call()
     two.run()
     assert [len(event.calls) for event in two.server_events] == [1, 4, 1]
@@ -115,7 +115,7 @@ def test_arguments_that_come_as_data_take_references_too() -> None:
 
 def test_results_may_come_before_arguments() -> None:
     two = Pair()
-    two.client.club([begin(), needs((0, 0), arguments=(None, b"x" * 100_000))])
+    two.client.club([begin(), needs((0, 0), arguments=(None, b"x" * 100_000))], two.now)
     two.server.receive_data(b"".join(two.client.data_to_send(two.now, 1)), two.now)
     [first] = two.server.next_event().calls
     two.server.reply(first, two.now, pack(7))
@@ -256,7 +256,7 @@ def test_a_reset_call_fails_those_that_need_it() -> None:
 def test_a_call_of_a_club_that_is_reset_before_it_goes_leaves_the_others_in_place() -> None:
     two = Pair()
     calls = [begin(), begin(), needs((0, 1))]
-    two.client.club(calls)
+    two.client.club(calls, two.now)
     two.client.reset(calls[0], two.now)
     two.run()
     first, second = two.arrived()
@@ -294,7 +294,7 @@ def test_data_for_a_call_that_waits_keep_nothing_from_those_that_it_waits_for() 
         Stream("Vault.begin", pack([b"x" * 200_000]), lane=Priority.BULK),
         needs((0, 0), more=True, lane=Priority.BULK),
     ]
-    two.client.club(calls)
+    two.client.club(calls, two.now)
     for _ in range(3):
         two.client.send(calls[1], b"y" * 60_000)
     two.client.end(calls[1])
@@ -330,7 +330,7 @@ def test_data_for_a_call_that_waits_keep_nothing_from_those_that_it_waits_for() 
 def test_a_club_that_the_server_would_refuse_is_not_sent(calls: list[Stream]) -> None:
     two = Pair(server_options={"limits": Limits(max_club=64)})
     with pytest.raises(LocalProtocolError):
-        two.client.club(calls)
+        two.client.club(calls, two.now)
     two.run()
     assert two.arrived() == []
     assert len(club(two, begin())) == 1

@@ -61,7 +61,8 @@ class Traffic:
             [
                 Stream("Vault.get", b"\x91\xc0", references=(Reference(0, i - 1),) if i else ())
                 for i in range(5)
-            ]
+            ],
+            0.0,
         )
         abandoned = pair.call()
         client.reset(abandoned, pair.now)

@@ -72,7 +72,7 @@ def test_no_call_is_made_after_a_drain() -> None:
     with pytest.raises(LocalProtocolError, match="no more calls"):
         two.call()
     with pytest.raises(LocalProtocolError, match="no more calls"):
-        two.client.club([Stream("Vault.put", b"\x90")])
+        two.client.club([Stream("Vault.put", b"\x90")], two.now)
 
 
 def test_a_client_drains_when_its_calls_have_ended() -> None:
@@ -206,7 +206,8 @@ def test_no_call_begins_after_the_end() -> None:
         [
             Stream("Vault.begin", b"\x90"),
             Stream("Vault.write", b"\x91\xc0", references=(Reference(0, 0),)),
-        ]
+        ],
+        two.now,
     )
     two.run()
     [first] = two.arrived()
@@ -254,7 +255,7 @@ def test_a_reply_for_a_call_that_was_given_back_is_a_breach() -> None:
 
 
 def test_data_of_a_call_that_was_given_back_hold_no_credit() -> None:
-    limits = Limits(connection_window=65_536, stream_window=65_536)
+    limits = Limits(connection_window=65_536, stream_window=65_536, memory=1)
     two = Pair({"limits": limits})
     _, yours = two.accept()
     two.server.send(yours, bytes(40_000))

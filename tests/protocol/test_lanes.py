@@ -99,9 +99,117 @@ def test_streams_of_a_lane_take_turns(number: int, lane: Priority, rounds: int) 
     told = spoken(two.client, 1)
     assert [kind for kind, _, _ in told] == [CALLS]
     for _ in range(rounds):
-        turn = [spoken(two.client, 1)[0] for _ in range(number)]
+        turn = [spoken(two.client, QUANTUM)[0] for _ in range(number)]
         assert sorted(id for _, id, _ in turn) == sorted(stream.id for stream in streams)
         assert {length for _, _, length in turn} == {QUANTUM + HEADER_SIZE}
+
+
+@given(
+    small=st.sampled_from([NORMAL, INTERACTIVE]),
+    poured=st.lists(st.sampled_from([100, 9_000, QUANTUM, 2**20]), min_size=1, max_size=4),
+    before=st.lists(st.integers(1, 3 * QUANTUM), max_size=8),
+    most=st.sampled_from([1, 16 * 1024, QUANTUM]),
+)
+def test_a_small_call_goes_out_with_the_very_next_write(
+    small: Priority, poured: list[int], before: list[int], most: int
+) -> None:
+    """Before any bulk, whatever was sent until then."""
+    two = pair()
+    for size in poured:
+        pour(two, BULK, size, max(2, 2 * 2**20 // size))
+    for size in before:
+        spoken(two.client, size)
+    two.call(lane=small)
+    kind, _, _ = spoken(two.client, most)[0]
+    assert kind == CALLS
+
+
+@given(
+    poured=st.lists(
+        st.tuples(st.sampled_from([NORMAL, BULK]), st.sampled_from([9_000, QUANTUM, 2**20])),
+        min_size=1,
+        max_size=4,
+    ),
+    before=st.lists(st.integers(1, 3 * QUANTUM), max_size=8),
+)
+def test_beside_data_of_its_own_lane_it_waits_for_one_write_at_most(
+    poured: list[tuple[Priority, int]], before: list[int]
+) -> None:
+    """One small write; a lane that is overdue may take that, and no more."""
+    two = pair()
+    for lane, size in poured:
+        pour(two, lane, size, max(2, 2 * 2**20 // size))
+    for size in before:
+        spoken(two.client, size)
+    two.call(lane=NORMAL)
+    sent, kinds = 0, set[int]()
+    while CALLS not in kinds:
+        told = spoken(two.client, 16 * 1024)
+        kinds |= {kind for kind, _, _ in told}
+        sent += sum(length for kind, _, length in told if kind == DATA)
+    assert sent <= 9 / 8 * (QUANTUM + HEADER_SIZE) + 16 * 1024
+
+
+@given(
+    lane=st.sampled_from(Priority),
+    number=st.integers(2, 5),
+    sizes=st.lists(st.sampled_from([1000, 20_000, 100_000, 2**20]), min_size=5, max_size=5),
+    writes=st.lists(st.integers(1, 256 * 1024), min_size=1, max_size=60),
+)
+def test_streams_of_a_lane_get_the_same(
+    lane: Priority, number: int, sizes: list[int], writes: list[int]
+) -> None:
+    """Within two quanta, over any time in which they have data, whatever the messages."""
+    two = pair()
+    for size in sizes[:number]:
+        pour(two, lane, size, 16 * 2**20 // size)
+    spoken(two.client, 1)
+    after: list[list[int]] = [[0] * number]
+    for most in writes:
+        now = list(after[-1])
+        for _, id, length in spoken(two.client, most):
+            now[id - 1] += length
+        after.append(now)
+    for one in range(1, number):
+        ahead = [counts[one] - counts[0] for counts in after]
+        assert max(ahead) - min(ahead) <= 2 * (QUANTUM + HEADER_SIZE)
+
+
+def test_what_yields() -> None:
+    """Bulk alone; and whatever small calls have gone ahead of lately."""
+    two = pair()
+    assert not two.client.yields(0.0)
+    stream = pour(two, BULK, 2**20, 2)
+    two.client.data_to_send(0.0, 1)
+    assert two.client.yields(0.0)
+    two.call()
+    assert not two.client.yields(0.0), "the call itself goes first"
+    two.client.data_to_send(0.0, 1)
+    two.client.reset(stream, 0.0)
+    pour(two, NORMAL, 2**20, 2)
+    assert two.client.yields(0.9), "data of another lane does, so that others have it as well"
+    assert not two.client.yields(1.1)
+    two.call(lane=INTERACTIVE)
+    two.client.data_to_send(2.0, 1)
+    assert two.client.yields(2.9)
+    assert not two.client.yields(3.1)
+
+
+def test_what_waits_beside_other_lanes() -> None:
+    lanes: Lanes[str] = Lanes()
+    assert not lanes.only_bulk
+    for lane in Priority:
+        assert not lanes.waits_behind(lane)
+    lanes.add("bulk", BULK)
+    assert lanes.only_bulk
+    assert lanes.waits_behind(INTERACTIVE)
+    assert lanes.waits_behind(NORMAL)
+    lanes.add("normal", NORMAL)
+    assert not lanes.only_bulk
+    lanes.remove("bulk", BULK)
+    assert not lanes.only_bulk
+    assert lanes.waits_behind(INTERACTIVE)
+    assert not lanes.waits_behind(NORMAL)
 
 
 def test_replies_overtake_data() -> None:

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from druvarpc.errors import Status
 from druvarpc.protocol import (
     AuthReceived,
+    Budget,
     CallsReceived,
     Clubbing,
     Connection,
@@ -114,11 +115,22 @@ class Call:
 
 
 class TwoCores(RuleBasedStateMachine):
-    @initialize(mine=LIMITS, yours=LIMITS, clubbing=CLUBBING, drainer=st.sampled_from([0, 1, 2]))
-    def connect(self, mine: Limits, yours: Limits, clubbing: Clubbing, drainer: int) -> None:
+    @initialize(
+        mine=LIMITS,
+        yours=LIMITS,
+        clubbing=CLUBBING,
+        drainer=st.sampled_from([0, 1, 2]),
+        shared=st.sampled_from([1, 1_000_000, 2**30]),
+    )
+    def connect(
+        self, mine: Limits, yours: Limits, clubbing: Clubbing, drainer: int, shared: int
+    ) -> None:
         self.now = 0.0
-        self.client = Connection("client", now=0.0, limits=mine, clubbing=clubbing)
-        self.server = Connection("server", now=0.0, limits=yours)
+        self.memory = Budget(shared)
+        self.client = Connection(
+            "client", now=0.0, limits=mine, clubbing=clubbing, budget=self.memory
+        )
+        self.server = Connection("server", now=0.0, limits=yours, budget=self.memory)
         self.drainer = [None, self.client, self.server][drainer]
         self.up = Link(self.client, self.server)
         self.down = Link(self.server, self.client)
@@ -160,7 +172,7 @@ class TwoCores(RuleBasedStateMachine):
             )
             # The positions of references that point forward stay as they are: nil.
             club.append(self.new(size, lane, more=more, references=references).stream)
-        self.client.club(club)
+        self.client.club(club, self.now)
 
     def new(
         self,
@@ -229,7 +241,7 @@ class TwoCores(RuleBasedStateMachine):
             self.do_reply(call, size, failed=failed, rich=rich)
 
     def do_reply(self, call: Call, size: int, *, failed: bool = False, rich: bool = False) -> None:
-        outcome = Outcome(trailers=METADATA, timings=(1, 2)) if rich else None
+        outcome = Outcome(trailers=METADATA, timings=(1, 2, 3)) if rich else None
         payload = msgpack.packb([self.serial, b"r" * size]) if size else None
         if failed:
             payload = None
@@ -572,8 +584,15 @@ class TwoCores(RuleBasedStateMachine):
         (self.drainer or self.client).drain()
         self.flow(2, 10**9)
         assert self.goaways == 1
-        assert self.client.drained
-        assert self.server.drained
+        grown = sum(
+            core.receive_window - core.limits.connection_window
+            for core in (self.client, self.server)
+        )
+        assert self.memory.size - self.memory.left == grown, "streams gave all of it back"
+        for core in (self.client, self.server):
+            assert core.drained
+            core.release()
+        assert self.memory.left == self.memory.size
 
     def pick(self, n: int, fits: Callable[[Call], bool]) -> list[Call]:
         """Return one of the calls that fit, if there is one, rather a late one."""

@@ -210,7 +210,7 @@ class Expected:
                             "payload": unhex(reply["payload"]),
                             "details": unhex(reply["details"]),
                             "trailers": pairs(reply["trailers"]),
-                            "timings": reply["timings"] and tuple(reply["timings"]),
+                            "timings": reply["timings"] and (*reply["timings"], 0)[:3],
                         }
                         for reply in event["replies"]
                         if reply["id"] not in receiver.abandoned

@@ -2,7 +2,7 @@
 # mypy: disable-error-code="empty-body"
 """What type checkers see of a client: stubs are services, replies and windows know their types."""
 
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import assert_type
 
@@ -83,3 +83,20 @@ async def errors_and_calls_have_types(error: druvarpc.RpcError) -> None:
     assert_type(druvarpc.current_call(), druvarpc.CurrentCall)
     assert_type(druvarpc.current_call().deadline, float)
     assert_type(druvarpc.current_call().method, str)
+
+
+async def times_have_types(client: druvarpc.Client, took: list[druvarpc.CallTimes]) -> None:
+    client.stub(Vault, timings=True)
+    client.stub(Vault, timings=took.append)
+    client.stub(Vault, timings=lambda times: times.handler > 1)
+    client.stub(Vault, timings=3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    async with druvarpc.connect("tcp://127.0.0.1:7420", timings=took.append) as other:
+        assert_type(other.statistics().times, Mapping[str, druvarpc.MethodTimes])
+    times = client.statistics().times["Vault.put"]
+    assert_type(times.count, int)
+    assert_type(times.way, float)
+    assert_type(times.mean, druvarpc.CallTimes)
+    assert_type(times.mean.method, str)
+    count = client.statistics().clubs["Vault.put", "Vault.missing"]
+    assert_type(count, druvarpc.ClubCount)
+    assert_type(count.frames, int)

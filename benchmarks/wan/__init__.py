@@ -1,0 +1,1 @@
+"""Measures druvarpc, gRPC and bare TCP over long links; see ../README.md."""

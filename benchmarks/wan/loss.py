@@ -1,0 +1,43 @@
+"""What becomes of bulk where packets get lost, by the kernel's congestion control?
+
+The namespaces' default is set, so that it holds for everything on both sides.
+"""
+
+from benchmarks.wan.bulk import AUTO, RATE, many, stream
+from benchmarks.wan.question import Entry, Part, Question, Table, bare, megabits, peer, to
+
+
+def one_way(title: str, *, down: bool) -> Part:
+    return Part(
+        title=title,
+        links=("metro-bbr", "metro-cubic", "metro-reno"),
+        bare="iperf3",
+        entries=(
+            Entry("iperf3", bare(down=down)),
+            Entry("druvarpc", peer("druvarpc", "bulk", stream(down=down))),
+            Entry("druvarpc, auto", peer("druvarpc", "bulk", many(down, AUTO))),
+            Entry("grpc.aio", peer("grpc_aio", "bulk", stream(down=down))),
+        ),
+        tables=(
+            Table(
+                "Arrived at the application; times iperf3's:",
+                RATE,
+                megabits,
+                to("iperf3", RATE),
+                headline=True,
+            ),
+            Table(
+                "Connections:", lambda found: float(found.get("connections", 1)), "{:.0f}".format
+            ),
+        ),
+    )
+
+
+QUESTION = Question(
+    title="Loss",
+    what=(
+        "Bulk, as above, at 20 ms and 100 Mbit/s, where every twentieth packet gets lost, in "
+        "either direction: with BBR, CUBIC and Reno on both sides."
+    ),
+    parts=(one_way("Upload", down=False), one_way("Download", down=True)),
+)
