@@ -105,7 +105,7 @@ def main() -> None:
     if options.quick:
         pace = Pace(rounds, 1.0, 2.0, share=0.1, first_links=1)
     else:
-        pace = Pace(rounds, 3.0, 5.0)
+        pace = Pace(rounds, 2.0, 3.0)
     if options.install:
         install()
     if not options.show and (wanted := missing()):

@@ -27,7 +27,7 @@ STREAMS = 32
 # Of each stream, where one takes the place of another: a call stays on the connection that it began
 # on, so that only calls that begin can make use of another.
 EACH = 4_000_000
-LINKS = ("metro", "region", "continent")
+LINKS = ("region", "continent")
 RATE = picked("rate")
 AUTO = {"connections": "auto"}
 FOUR = {"connections": 4}
@@ -74,10 +74,6 @@ def one_way(title: str, *, down: bool) -> Part:
                 peer("druvarpc", "bulk", stream(down=down, count=STREAMS)),
             ),
             Entry("grpc.aio", peer("grpc_aio", "bulk", stream(down=down))),
-            Entry(
-                f"grpc.aio, {STREAMS} streams",
-                peer("grpc_aio", "bulk", stream(down=down, count=STREAMS)),
-            ),
         ),
         tables=(
             Table(

@@ -19,7 +19,7 @@ COSTS = {
 LINKS = ("rack", "city", "region", "continent")
 ENTRY = "druvarpc"
 # Seconds for each size and cost.
-EACH = 0.5
+EACH = 0.3
 
 
 def job(pace: Pace) -> Job:

@@ -10,7 +10,7 @@ from benchmarks.wan.question import Entry, Part, Question, Table, bare, megabits
 def one_way(title: str, *, down: bool) -> Part:
     return Part(
         title=title,
-        links=("metro-bbr", "metro-cubic", "metro-reno"),
+        links=("metro-bbr", "metro-cubic"),
         bare="iperf3",
         entries=(
             Entry("iperf3", bare(down=down)),
@@ -37,7 +37,7 @@ QUESTION = Question(
     title="Loss",
     what=(
         "Bulk, as above, at 20 ms and 100 Mbit/s, where every twentieth packet gets lost, in "
-        "either direction: with BBR, CUBIC and Reno on both sides."
+        "either direction: with BBR and CUBIC on both sides."
     ),
     parts=(one_way("Upload", down=False), one_way("Download", down=True)),
 )

@@ -32,7 +32,7 @@ QUESTION = Question(
     parts=(
         Part(
             title="10,000 calls",
-            links=("region", "metro", "continent", "city"),
+            links=("region", "continent"),
             entries=(
                 Entry(f"druvarpc, {TASKS} tasks", peer("druvarpc", "tasks", job)),
                 Entry("druvarpc, windowed", peer("druvarpc", "windowed", job)),

@@ -174,6 +174,7 @@ class Outflow:
     def send(self, out: list[Buffer], most: int, now: float) -> None:
         """Add to `out` what goes next, about `most` bytes of it."""
         size = 0
+        quantum = min(QUANTUM, max(most, LEAST_CUT))
         while size < most and (turn := self.lanes.next()) is not None:
             source, lane = turn
             if isinstance(source, Priority):
@@ -185,18 +186,18 @@ class Outflow:
                 else:
                     self._has_club[lane] = False
             else:
-                sent = self._send_data(source, out, most - size, now)
+                sent = self._send_data(source, out, quantum, now)
             self.lanes.sent(lane, sent)
             size += sent
 
-    def _send_data(self, stream: Stream, out: list[Buffer], most: int, now: float) -> int:
+    def _send_data(self, stream: Stream, out: list[Buffer], quantum: int, now: float) -> int:
         outgoing = self.open(stream)
         if not outgoing.messages:
             outgoing.waiting = outgoing.ending = False
             out.append(data_header(0, END_STREAM, stream.id))
             self.clubs.sent(stream, ended=True)
             return HEADER_SIZE
-        size = min(outgoing.first, QUANTUM, max(most, LEAST_CUT))
+        size = min(outgoing.first, quantum)
         credit = min(self.window.available, outgoing.window.available) - FRAME_COST
         if credit < min(size, LEAST_CUT):
             self.stalled[stream] = None

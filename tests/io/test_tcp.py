@@ -204,13 +204,28 @@ def test_a_socket_that_takes_no_options_is_left_alone(kind):
 def test_the_limit_is_set(connection):
     near, far = connection
     near.setblocking(False)
-    buffer = send_buffer(near)
-    assert buffer is not None
+    buffer = SendBuffer(near, long=0)
     changed = False
     for _ in range(200 * TUNE_EVERY):
         near.send(bytes(64 * 1024))
         far.recv(1 << 20)
         changed = buffer.tune() or changed
     assert changed
+    assert buffer.unsent > LEAST_UNSENT
     assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == buffer.unsent
     assert math.isfinite(buffer.unsent)
+
+
+@linux_only
+def test_on_a_short_way_nothing_is_changed(connection):
+    near, far = connection
+    near.setblocking(False)
+    buffer = send_buffer(near)
+    assert buffer is not None
+    for _ in range(20 * TUNE_EVERY):
+        near.send(bytes(64 * 1024))
+        far.recv(1 << 20)
+        assert not buffer.tune()
+        assert buffer.has_room()
+    assert buffer.unsent == LEAST_UNSENT
+    assert buffer.patience == math.inf
