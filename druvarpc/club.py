@@ -9,7 +9,8 @@ from druvarpc.calls import Call, Calls
 from druvarpc.connections import Connections
 from druvarpc.errors import ConnectionLost, RpcError, Status
 from druvarpc.protocol import Reference
-from druvarpc.protocol.clubs import MAX_PATH, MAX_REFERENCES
+from druvarpc.protocol.clubs import MAX_PATH, MAX_REFERENCES, call_size
+from druvarpc.protocol.wire import MAX_CLUB
 from druvarpc.service import Method
 from druvarpc.stubs import unary_method
 
@@ -193,11 +194,16 @@ class Club:
         calls = self._connections.only or self._connections.choose(size, lane)
         peer = calls.session.core.peer
         most = min(peer.max_club, peer.max_calls)
+        # Calls that need each other must share a frame, however large. Others do better in several:
+        # the server begins with the first while the next are on their way.
+        bound = any(call.references for _, call in self._begun)
         places: dict[int, int] = {}  # in the frame, by the index in the club
+        room = MAX_CLUB
         for index, (reply, call) in enumerate(self._begun):
-            if len(places) == most:
+            room -= call_size(call)
+            if len(places) == most or (places and room < 0 and not bound):
                 self._send(calls, places)
-                places = {}
+                places, room = {}, MAX_CLUB - call_size(call)
             missing = next((one.call for one in call.references if one.call not in places), None)
             if missing is not None:
                 reply.fail(self._unreachable(call, missing))

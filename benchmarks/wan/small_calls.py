@@ -15,6 +15,7 @@ from benchmarks.wan.question import (
 )
 
 CALLS, TASKS = 10_000, 256
+BARE = "bare TCP, the same bytes"
 GRPC = f"grpc.aio, {TASKS} tasks"
 
 
@@ -27,7 +28,9 @@ QUESTION = Question(
     what=(
         f"{CALLS:,} unary echoes of 64 bytes over one connection that one call was made over "
         "before: by 256 tasks that each await a call at a time, by `druvarpc.windowed`, and in "
-        "clubs of 1,024, all at once."
+        "clubs of 1,024, all at once. Beside them, bare TCP that sends as many bytes and gets them "
+        "back as they come: what TCP's slow start leaves to win, in a new connection. A task that "
+        f"awaits each call makes {CALLS // TASKS + 1} round trips, whatever the protocol."
     ),
     parts=(
         Part(
@@ -38,6 +41,7 @@ QUESTION = Question(
                 Entry("druvarpc, windowed", peer("druvarpc", "windowed", job)),
                 Entry("druvarpc, clubs", peer("druvarpc", "clubs", job)),
                 Entry(GRPC, peer("grpc_aio", "tasks", job)),
+                Entry(BARE, peer("bare_tcp", "echoed", job)),
             ),
             tables=(
                 Table(
@@ -45,6 +49,12 @@ QUESTION = Question(
                     picked("seconds"),
                     seconds,
                     to_rtt,
+                ),
+                Table(
+                    "The same, as a multiple of bare TCP's:",
+                    picked("seconds"),
+                    seconds,
+                    to(BARE, picked("seconds")),
                 ),
                 Table(
                     "The same, as a multiple of grpc.aio's:",

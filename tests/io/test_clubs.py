@@ -451,6 +451,19 @@ async def test_more_calls_than_the_server_takes_at_once(reach):
         assert [reply.value for reply in replies] == list(range(1, 301))
 
 
+async def test_calls_that_need_no_others_go_in_as_many_frames_as_their_bytes_take():
+    payload = bytes(1000)
+    async with connected([MemoryVault()]) as client:
+        vault = client.stub(Vault)
+        async with client.club() as club:
+            replies = [club.call(vault.echo, payload) for _ in range(200)]
+        assert {reply.value for reply in replies} == {payload}
+        ((names, count),) = client.statistics().clubs.items()
+    assert names == ("Vault.echo",)
+    assert count.calls == 200
+    assert 4 <= count.frames <= 5, "200 kB in frames of 64 KiB, whose calls are whole"
+
+
 async def test_references_in_a_club_that_needs_several_frames():
     """Those that reach into an earlier frame can't be sent; all others are."""
     desk = MyDesk()
