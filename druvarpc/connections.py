@@ -55,6 +55,11 @@ _SLACK: Final = 8
 # that doesn't hold longer than this.
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 30.0
+# Calls that the quiet connection has at once: so many small ones at a time are a load themselves,
+# whatever their results weigh.
+_QUIET_CALLS: Final = 16
+# Bytes a second that bulk moves at least.
+_BULK_RATE: Final = 256 * 1024
 # Seconds that the quiet connection stays without bulk beside it, or isn't tried after a failure.
 _QUIET_TIME: Final = 10.0
 # Seconds between two looks at a client that does nothing.
@@ -222,7 +227,12 @@ class Connections:
         self._quiet: ClientConnection | None = None
         self._quiet_until = -math.inf  # it stays, or isn't tried again
         self._light = 0
+        self._moved = 0
+        self._looked_at = -math.inf
+        # Those that are drained are open as long as they have calls.
+        self._most = 2 * (MOST_CONNECTIONS if number == "auto" else number)
         self._keeping = trio.CancelScope()
+        self._dialing = trio.CancelScope()  # of the quiet one
         self._changed = trio.Event()
 
     async def start(self, start: float) -> None:
@@ -244,6 +254,7 @@ class Connections:
     async def close(self) -> None:
         """End all connections in good order."""
         self._keeping.cancel()
+        self._dialing.cancel()
         async with trio.open_nursery() as nursery:
             for connection in self._running:
                 nursery.start_soon(connection.close)
@@ -255,6 +266,11 @@ class Connections:
     async def ping(self) -> float:
         """See `Client.ping`."""
         return await self._first.ping()
+
+    @property
+    def number(self) -> int:
+        """How many take calls that carry much."""
+        return max(1, len(self._open))
 
     def check_open(self) -> None:
         """See to it that calls can be made.
@@ -268,8 +284,9 @@ class Connections:
         """Return the calls of the connection that a call of so many bytes is made on."""
         if size > HEAVY:
             return self.roomiest()
-        if self._quiet is not None and lane is not Priority.BULK:
-            return self._quiet.calls
+        quiet = self._quiet
+        if quiet is not None and lane is not Priority.BULK and quiet.calls.active < _QUIET_CALLS:
+            return quiet.calls
         chosen = self._open
         first = chosen[0]
         most = first.calls.active - _SLACK
@@ -320,6 +337,10 @@ class Connections:
             error = connection.session.lost()
             error.not_started = True
             raise error
+        if self._last is not None:
+            # All others have ended while this one was opened, and with them the client.
+            connection.session.close()
+            raise self._last.session.lost()
         if quiet:
             self._quiet = connection
         else:
@@ -364,11 +385,12 @@ class Connections:
                 for _ in range(len(self._open) - target):
                     self._retire()
                 if count is not None:
-                    await self._keep_quiet(now)
-                if len(self._open) < target and now >= next_attempt:
+                    self._keep_quiet(now)
+                missing = min(target - len(self._open), self._most - len(self._running))
+                if missing > 0 and now >= next_attempt:
                     if now > next_attempt + pause:
                         pause = _FIRST_PAUSE  # what was opened last has held
-                    errors = await self._add_all(target - len(self._open), now)
+                    errors = await self._add_all(missing, now)
                     now = trio.current_time()
                     # Full jitter (Brooker, "Exponential backoff and jitter", 2015): clients that
                     # lost the same server don't come back together.
@@ -378,8 +400,11 @@ class Connections:
                         count.refuse(now, len(self._open))
                     continue
                 until = count.deadline if count is not None else math.inf
-                if len(self._open) < target:
+                if missing > 0:
                     until = min(until, next_attempt)
+                elif count is not None and len(self._open) < target:
+                    # Those that are drained still have calls.
+                    count.refuse(now, len(self._open))
                 with trio.move_on_at(until):
                     await self._changed.wait()
 
@@ -401,11 +426,15 @@ class Connections:
             count.deadline = max(count.deadline, now + _IDLE_LOOK)
         return count.target
 
-    async def _keep_quiet(self, now: float) -> None:
+    def _keep_quiet(self, now: float) -> None:
         """Have a quiet connection if small calls go beside bulk, and only then."""
         light = sum(one.calls.light for one in self._open)
-        bulk = any(one.calls.load for one in self._open)
-        beside, self._light = bulk and light > self._light, light
+        moved = sum(one.session.bytes_sent + one.session.bytes_received for one in self._open)
+        bulk = any(one.calls.load for one in self._open) and moved - self._moved >= _BULK_RATE * (
+            now - self._looked_at
+        )
+        beside = bulk and light > self._light
+        self._light, self._moved, self._looked_at = light, moved, now
         if self._quiet is not None:
             if bulk:
                 self._quiet_until = now + _QUIET_TIME
@@ -414,8 +443,13 @@ class Connections:
                 self._note_change()
         elif beside and now >= self._quiet_until:
             self._quiet_until = now + _QUIET_TIME
-            with suppress(ConnectionLost):
-                await self._add(now, quiet=True)
+            self._dialing = trio.CancelScope()
+            self.nursery.start_soon(self._open_quiet, now)
+
+    async def _open_quiet(self, start: float) -> None:
+        # One that can't be opened is tried again when it would have been closed.
+        with self._dialing, suppress(ConnectionLost):
+            await self._add(start, quiet=True)
 
     async def _add_all(self, number: int, start: float) -> list[ConnectionLost]:
         """Open connections at once; return the errors of those that couldn't be."""

@@ -205,13 +205,17 @@ class Session:
         if self._unsent:
             self._pressed = True
             size -= sum(map(len, self._unsent))
-            self._write_began = min(self._write_began, now)
-            self._wake_at(self._write_began + self.core.limits.stall_timeout)
+            self._wait_for_peer(now)
         else:
             self._write_began = math.inf
             if self.core.timed:
                 self.core.written(self.now())
         self.bytes_sent += size
+
+    def _wait_for_peer(self, now: float) -> None:
+        """Count the time from when the transport took no more."""
+        self._write_began = min(self._write_began, now)
+        self._wake_at(self._write_began + self.core.limits.stall_timeout)
 
     def _part(self) -> None:
         """Leave the last word to the peer: nothing more is written."""
@@ -292,7 +296,9 @@ class Session:
                 if self._pressed:
                     self.transport.hold_back(self.core.yields(self.now()))
                 if self._pressed and not self.transport.has_room():
+                    self._wait_for_peer(self.now())
                     await self.transport.wait_writable()
+                    self._write_began = math.inf
                 else:
                     await trio.lowlevel.checkpoint()
             else:

@@ -185,7 +185,8 @@ class SendBuffer:
         try:
             (unsent,) = _BYTES.unpack(ioctl(self._socket, _SIOCOUTQNSD, _NO_BYTES))
         except OSError:  # a sandbox that knows sockets only
-            return False
+            self.patience = math.inf
+            return True
         return bool(unsent <= self.unsent // 2)
 
     def tune(self) -> bool:

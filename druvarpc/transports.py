@@ -6,6 +6,7 @@ A `Transport` carries bytes for one connection. It differs from a trio stream in
 `trio.BrokenResourceError` and `trio.ClosedResourceError`.
 """
 
+import math
 import socket
 import stat
 from collections import deque
@@ -28,10 +29,14 @@ Buffer = bytes | bytearray | memoryview
 RECEIVE_SIZE: Final = 64 * 1024
 # Below this, joining buffers costs less than handing a list of them to the kernel.
 JOIN_SIZE: Final = 16 * 1024
+# Seconds between two questions to the kernel whether it has room.
+LONGEST_PATIENCE: Final = 0.25
 # The kernel takes at most IOV_MAX buffers at once: 1,024 on Linux and macOS.
 MAX_BUFFERS: Final = 512
 # What is offered to a transport at once at first: enough that a system call costs little.
 WRITE_SIZE: Final = 256 * 1024
+# The same once the kernel has taken less than it was offered: a quantum (`druvarpc.protocol`).
+PRESSED_WRITE: Final = 64 * 1024
 # The least that is offered on a slow link, where what isn't taken delays what comes after it.
 LEAST_WRITE: Final = 16 * 1024
 # What a memory transport holds for a reader, like a socket's buffer.
@@ -201,6 +206,7 @@ class SocketTransport:
                 else:
                     sent = self._socket.sendmsg(rest[:MAX_BUFFERS])
             except BlockingIOError:
+                self.write_size = min(self.write_size, PRESSED_WRITE)
                 return rest
             except OSError as error:
                 raise self._broken(error) from error
@@ -209,6 +215,7 @@ class SocketTransport:
             full = len(rest) <= MAX_BUFFERS  # all was offered, and not all taken
             rest = _after(rest, sent)
             if full:
+                self.write_size = min(self.write_size, PRESSED_WRITE)
                 return rest
         return rest
 
@@ -224,13 +231,17 @@ class SocketTransport:
         if buffer is None:
             await trio.lowlevel.wait_writable(self._socket)
             return
-        asked = False
-        while not asked:
-            with trio.move_on_after(buffer.patience) as scope:
+        patience = buffer.patience
+        while True:
+            with trio.move_on_after(patience) as scope:
                 await trio.lowlevel.wait_writable(self._socket)
-            asked = not scope.cancelled_caught or buffer.has_room()
-        if buffer.tune():
-            self.write_size = max(LEAST_WRITE, min(buffer.unsent // 2, WRITE_SIZE))
+            if not scope.cancelled_caught or buffer.has_room():
+                break
+            # A peer that takes nothing for long is asked about less and less often.
+            patience = min(2 * patience, LONGEST_PATIENCE)
+        buffer.tune()
+        if buffer.patience < math.inf:
+            self.write_size = max(LEAST_WRITE, min(buffer.unsent // 2, PRESSED_WRITE))
 
     def send_eof(self) -> None:
         """See `Transport`."""
@@ -375,7 +386,13 @@ async def open_transport(address: Address, congestion_control: str | None = None
         ) from error
     transport = SocketTransport(stream, str(address))
     if congestion_control is not None:
-        transport.set_congestion_control(congestion_control)
+        try:
+            transport.set_congestion_control(congestion_control)
+        except ValueError as error:  # it was there a moment ago
+            transport.close()
+            raise ConnectionLost(
+                f"can't connect to {address}: {error}", not_started=True
+            ) from error
     return transport
 
 

@@ -25,6 +25,7 @@ from typing import Any, Final, TypeVar
 import trio
 
 from druvarpc.calls import Call
+from druvarpc.errors import ConnectionLost
 from druvarpc.pipe import closing
 from druvarpc.protocol.concurrency import LEAST, ConcurrencyLimit
 from druvarpc.stubs import UnaryMethod, unary_method
@@ -131,6 +132,7 @@ async def _feed(
     fed: trio.Event,
 ) -> None:
     """Take arguments while there is room for their calls."""
+    complete = False
     try:
         with feeding:
             async with closing(arguments):
@@ -140,10 +142,14 @@ async def _feed(
                     flight.add(argument)
                     if not flight.started % _PORTION:
                         await trio.lowlevel.checkpoint()
+            complete = True
     except Exception as error:
         # The source failed, in a task that its owner can't see: it is raised where the results are.
         flight.error = error
     finally:
+        if not complete and flight.error is None:
+            # The client's block has been left: nobody may take what has come for all.
+            flight.error = ConnectionLost("the client is closed", not_started=True)
         fed.set()
         flight.wake()
 
@@ -298,7 +304,7 @@ class _Flight:
         then, now = call.on_done, trio.current_time()
         assert then is not None
         if self._tuner is None:
-            self._tuner = ConcurrencyLimit(_most(call))
+            self._tuner = ConcurrencyLimit(_most(call, self.stub.connections.number))
             self._set_most(self._tuner.limit)
             call.on_done = partial(self._end_first, self._tuner, call, now, then)
         else:
@@ -320,7 +326,8 @@ class _Flight:
         then()
         self._timeless = True
         self._expect(call)
-        tuner.end(trio.current_time(), self.started - len(self._undone), _most(call))
+        ended = self.started - len(self._undone)
+        tuner.end(trio.current_time(), ended, _most(call, self.stub.connections.number))
         self._set_most(tuner.limit)
         # Also if it is another call's turn, which may take long: there is room for more.
         self.wake()
@@ -334,6 +341,6 @@ class _Flight:
         self._most_undone, self._most_calls = limit, _SLOTS * limit
 
 
-def _most(call: Call) -> int:
+def _most(call: Call, connections: int) -> int:
     """Return how many calls are of use at most to the server that `call` is made to."""
-    return int(call.calls.session.core.peer.max_calls * (1 + _MARGIN))
+    return int(connections * call.calls.session.core.peer.max_calls * (1 + _MARGIN))

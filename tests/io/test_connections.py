@@ -7,7 +7,13 @@ import gc
 import os
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    suppress,
+)
 from functools import partial
 from typing import Any
 
@@ -893,3 +899,51 @@ async def test_congestion_control_that_is_none():
     with pytest.raises(ValueError, match="only TCP"):
         async with druvarpc.connect("unix:///nowhere", congestion_control="reno"):
             pass
+
+
+async def test_a_client_that_lost_its_connections_while_dialing_is_lost(autojump_clock, network):
+    there = network(MemoryVault())
+
+    async def slowly() -> None:
+        await trio.sleep(2)
+
+    async with there.connect(2) as client:
+        there.answer = slowly
+        there.lose(0)
+        await trio.sleep(1)
+        there.lose(1)
+        await trio.sleep(10)
+        with pytest.raises(druvarpc.ConnectionLost):
+            await client.stub(Vault).echo(b"x")
+        assert client.statistics().connections == 0
+
+
+async def test_an_idle_stream_is_no_bulk(autojump_clock):
+    """Else small calls with large results would all go to the quiet connection."""
+    gate = ClosedGate()
+    async with (
+        connected([MemoryVault(), gate], connections="auto", link=Link(rtt=0.04)) as client,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(read, client.stub(Gate).watch("x"))
+        for _ in range(100):
+            await client.stub(Vault).echo(b"x")
+            await trio.sleep(0.1)
+        assert client.statistics().connections == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_window_whose_source_is_cut_off_is_not_taken_for_complete(autojump_clock):
+    async def two_and_no_end() -> AsyncGenerator[bytes, None]:
+        yield b"1"
+        yield b"2"
+        await trio.sleep_forever()
+
+    async with AsyncExitStack() as block:
+        client = await block.enter_async_context(connected([MemoryVault()]))
+        results = druvarpc.windowed(client.stub(Vault).echo, two_and_no_end())
+        async with aclosing(results):
+            assert [await anext(results), await anext(results)] == [b"1", b"2"]
+            await block.aclose()
+            with pytest.raises(druvarpc.ConnectionLost, match="closed"):
+                await anext(results)

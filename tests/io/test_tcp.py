@@ -154,8 +154,9 @@ async def test_little_lies_unsent(connection, gentle):
     async def send() -> None:
         nonlocal most, size
         while True:
-            rest = transport.send_nowait([bytes(transport.write_size)])
-            size += transport.write_size - sum(map(len, rest))
+            offered = transport.write_size
+            rest = transport.send_nowait([bytes(offered)])
+            size += offered - sum(map(len, rest))
             most = max(most, unsent(watched))
             await transport.wait_writable()
 

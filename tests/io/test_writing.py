@@ -186,3 +186,53 @@ def test_an_interrupt_leaves_no_half_of_a_write_behind():
 
     trio.run(main)
     assert answers[-1] == 5
+
+
+class Full:
+    """Takes a first half of a write, then whole writes, but never says that there is room."""
+
+    def __init__(self, inner: object) -> None:
+        self._inner = inner
+        self.write_size = 16 * 1024
+        self.halves = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+    def send_nowait(self, buffers):
+        size = sum(map(len, buffers))
+        if size > 8 * 1024 and not self.halves:
+            self.halves += 1
+            whole = b"".join(buffers)
+            self._inner.send_nowait([whole[: size // 2]])
+            return [whole[size // 2 :]]
+        return self._inner.send_nowait(buffers)
+
+    def has_room(self) -> bool:
+        return False
+
+    async def wait_writable(self) -> None:
+        if self.halves == 1:
+            self.halves += 1
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.sleep_forever()
+
+
+async def test_a_transport_that_never_has_room_again_is_given_up_in_time(autojump_clock):
+    near, far = memory_transports()
+    limits = druvarpc.Limits(stall_timeout=5, keepalive_interval=10_000)
+    async with trio.open_nursery() as nursery:
+        server = Server([Workshop()], druvarpc.Limits())
+        nursery.start_soon(server.serve_transport, far)
+        async with client_on(Full(near), limits) as client:
+
+            async def pieces() -> AsyncGenerator[bytes, None]:
+                while True:
+                    yield bytes(16 * 1024)
+
+            start = trio.current_time()
+            with pytest.raises(druvarpc.ConnectionLost, match="didn't take"):
+                await client.stub(Work).gather(pieces())
+            assert trio.current_time() - start == pytest.approx(5)
+        nursery.cancel_scope.cancel()
