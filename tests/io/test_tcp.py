@@ -6,6 +6,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import trio
@@ -230,3 +231,23 @@ def test_on_a_short_way_nothing_is_changed(connection):
         assert buffer.has_room()
     assert buffer.unsent == LEAST_UNSENT
     assert buffer.patience == math.inf
+
+
+@linux_only
+def test_there_is_room_while_little_is_unsent(connection):
+    near, far = connection
+    near.setblocking(False)
+    buffer = SendBuffer(near, long=0)
+    for _ in range(2 * TUNE_EVERY):
+        near.send(bytes(64 * 1024))
+        far.recv(1 << 20)
+        buffer.tune()
+    assert 0 < buffer.patience < 0.005
+    with suppress(BlockingIOError):
+        while True:
+            near.send(bytes(64 * 1024))
+    assert unsent(near) > buffer.unsent // 2
+    assert not buffer.has_room()
+    while unsent(near):
+        far.recv(1 << 20)
+    assert buffer.has_room()

@@ -1,0 +1,41 @@
+"""The programs in docs/ print what the pages say that they print."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent.parent / "docs"
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    return BLOCK.findall((DOCS / page).read_text())
+
+
+def test_where_time_goes(tmp_path: Path) -> None:
+    """The program is the page's first block; its output is another block, as a whole."""
+    (kind, program), *others = blocks("where-time-goes.md")
+    assert kind == "python"
+    (tmp_path / "where.py").write_text(program)
+    ran = subprocess.run(
+        [sys.executable, "where.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() in [text.strip() for _, text in others]
+
+
+def test_testing(tmp_path: Path) -> None:
+    """The page's blocks are one file of tests."""
+    tests = "\n\n".join(text for kind, text in blocks("testing.md") if kind == "python")
+    (tmp_path / "test_page.py").write_text(tests)
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntrio_mode = true\n")
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout
+    assert f"{tests.count('async def test_')} passed" in ran.stdout
