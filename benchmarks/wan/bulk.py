@@ -30,7 +30,6 @@ EACH = 4_000_000
 LINKS = ("region", "continent")
 RATE = picked("rate")
 AUTO = {"connections": "auto"}
-FOUR = {"connections": 4}
 
 
 def stream(
@@ -101,7 +100,6 @@ def several(title: str, *, down: bool) -> Part:
             ),
             Entry("druvarpc, one connection", peer("druvarpc", "bulk", many(down))),
             Entry("druvarpc, auto", peer("druvarpc", "bulk", many(down, AUTO))),
-            Entry("druvarpc, 4 connections", peer("druvarpc", "bulk", many(down, FOUR))),
             Entry("grpc.aio", peer("grpc_aio", "bulk", stream(down=down))),
         ),
         tables=(
