@@ -9,7 +9,7 @@ With more than one, `_keep` watches over them: it opens those that are missing, 
 many. When the last has ended the client has, too.
 
 With "auto" there is one more as long as small calls go beside bulk: the quiet one, which carries
-nothing else. Lanes keep a small call from waiting for bulk in this process; but once in the same
+no others. Lanes keep a small call from waiting for bulk in this process; but once in the same
 TCP connection it waits for what was given to the kernel before it, and shares all that happens to
 the connection: a lost packet of bulk's holds it up, and so does BBR when it stops to measure the
 round trip, for 0.2 s out of 10.
@@ -24,27 +24,21 @@ from typing import Final, Literal
 import trio
 
 from druvarpc.calls import Calls
+from druvarpc.client_connection import ClientConnection, no_answer
 from druvarpc.errors import ConnectionLost
 from druvarpc.protocol import (
     Budget,
     Clubbing,
     Connection,
-    Event,
-    GoAwayReceived,
     Limits,
-    PongReceived,
     Priority,
-    SettingsReceived,
 )
 from druvarpc.protocol.goodput import ConnectionCount
-from druvarpc.session import Session
 from druvarpc.statistics import Statistics, Totals
 from druvarpc.transports import Transport
 
-# Seconds between two PINGs of a user's, not faster than a server takes for no abuse
-# (docs/protocol.md, section 10).
-PING_INTERVAL: Final = 0.001
-# With "auto": eight were the most that carried more than half of them did on any link we measured.
+# With "auto". On the longest link that we measured eight carried no more than four, and each weighs
+# on the server.
 MOST_CONNECTIONS: Final = 8
 # A call with more bytes than this goes where the most room is.
 HEAVY: Final = 16 * 1024
@@ -64,121 +58,6 @@ _BULK_RATE: Final = 256 * 1024
 _QUIET_TIME: Final = 10.0
 # Seconds between two looks at a client that does nothing.
 _IDLE_LOOK: Final = 1.0
-
-
-class ClientConnection:
-    """The client's end of one connection.
-
-    Args:
-        core: its protocol.
-        transport: its bytes.
-        totals: where its calls are counted.
-        on_change: called when it takes no more calls.
-
-    Attributes:
-        calls: its calls.
-        session: its bytes and tasks.
-    """
-
-    def __init__(
-        self,
-        core: Connection,
-        transport: Transport,
-        totals: Totals,
-        on_change: Callable[[], None],
-    ) -> None:
-        self.session = Session(core, transport, self._handle, self._lose)
-        self.calls = Calls(self.session, totals)
-        self._totals = totals
-        self._on_change = on_change
-        self._pongs = trio.lowlevel.ParkingLot()
-        self._last_pong = 0
-        self._next_ping = -math.inf
-        self._settled = trio.Event()
-        self._ended = trio.Event()
-        self._scope = trio.CancelScope()
-
-    @property
-    def accepts_calls(self) -> bool:
-        """Whether calls can be made on it."""
-        return not self.session.ended and self.session.core.accepts_calls
-
-    async def run(self) -> None:
-        """Serve the connection until it ends."""
-        try:
-            with self._scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self.session.read_all)
-                    await self.session.run()
-                    nursery.cancel_scope.cancel()
-        finally:
-            self._totals.add(self.session)
-            self._ended.set()
-
-    async def settle(self, deadline: float, timeout: float) -> None:
-        """Wait for the server's settings until `deadline`, which is `timeout` after the start.
-
-        If it raises, the connection ends.
-
-        Raises:
-            ConnectionLost: they haven't come.
-        """
-        try:
-            with trio.move_on_at(deadline):
-                await self._settled.wait()
-            peer = self.session.transport.peer
-            if self.session.ended:
-                reason = self.session.lost().message
-                raise ConnectionLost(f"can't connect to {peer}: {reason}", not_started=True)
-            if not self._settled.is_set():
-                raise _no_answer(peer, timeout)
-        except BaseException:
-            self._scope.cancel()
-            raise
-
-    async def ping(self) -> float:
-        """See `Client.ping`."""
-        now = trio.current_time()
-        self._next_ping = max(now, self._next_ping + PING_INTERVAL)
-        await trio.sleep_until(self._next_ping)
-        start = trio.current_time()
-        if not self.session.ended:
-            id = self.session.core.ping(start)
-            self.session.flush()
-            # Others ping too, the core among them.
-            while self._last_pong < id and not self.session.ended:
-                await self._pongs.park()
-        if self.session.ended:
-            raise self.session.lost()
-        return trio.current_time() - start
-
-    def drain(self) -> None:
-        """Make no more calls here; it ends when the last has."""
-        self.session.core.drain()
-        self.session.flush()
-
-    async def close(self) -> None:
-        """End the connection in good order."""
-        self.session.close(message="the client is closed")
-        await self._ended.wait()
-
-    def _lose(self) -> None:
-        """Fail all that waits for the server."""
-        self._on_change()
-        self.calls.fail_all()
-        self._pongs.unpark_all()
-        self._settled.set()
-
-    def _handle(self, event: Event) -> None:
-        if isinstance(event, SettingsReceived):
-            self._settled.set()
-        elif isinstance(event, PongReceived):
-            self._last_pong = event.id
-            self._pongs.unpark_all()
-        else:
-            if isinstance(event, GoAwayReceived):
-                self._on_change()
-            self.calls.handle(event)
 
 
 class Connections:
@@ -321,7 +200,7 @@ class Connections:
         with trio.move_on_at(deadline):
             transport = await self._dial()
         if transport is None:
-            raise _no_answer(self._address, self._timeout)
+            raise no_answer(self._address, self._timeout)
         core = Connection(
             "client",
             now=trio.current_time(),
@@ -473,9 +352,3 @@ class Connections:
         least = min(self._open, key=lambda one: (one.calls.load, one.calls.active))
         least.drain()
         self._note_change()
-
-
-def _no_answer(peer: str, timeout: float) -> ConnectionLost:
-    return ConnectionLost(
-        f"can't connect to {peer}: no answer within {timeout:g} s", not_started=True
-    )

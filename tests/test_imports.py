@@ -40,6 +40,7 @@ LAYERS = (
     "timings",
     "pipe statistics",
     "calls handlers",
+    "client_connection",
     "connections",
     "streaming",
     "stubs dispatch",

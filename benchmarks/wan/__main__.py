@@ -45,10 +45,15 @@ def run(name: str, pace: Pace, links: list[str]) -> dict[str, Any]:
     return kept
 
 
+def where(kept: dict[str, Any]) -> str:
+    """Return what was measured on, and when."""
+    around = kept["environment"]
+    return f"{sentence(around)} Links by {around['link']}."
+
+
 def report(name: str, kept: dict[str, Any]) -> str:
-    asked, around = question(name), kept["environment"]
-    where = f"{sentence(around)} Links by {around['link']}."
-    return f"### {asked.title}\n\n{asked.report(kept['results'])}\n\n{where}"
+    asked = question(name)
+    return f"### {asked.title}\n\n{asked.report(kept['results'])}\n\n{where(kept)}"
 
 
 def saved() -> dict[str, dict[str, Any]]:
@@ -58,22 +63,28 @@ def saved() -> dict[str, dict[str, Any]]:
 
 
 def write(kept: dict[str, dict[str, Any]]) -> None:
-    """Put the tables into benchmarks/README.md, and a few of them into the README."""
-    whole = "\n\n".join(report(name, one) for name, one in kept.items())
-    first = [
-        text for name, one in kept.items() for text in question(name).headlines(one["results"])
-    ]
-    newest = list(kept.values())[-1:]
-    first += [
-        f"{sentence(one['environment'])} Links by {one['environment']['link']}." for one in newest
-    ]
-    here = RESULTS.parent
-    for path, text in (
-        (here / "README.md", whole),
-        (here.parent / "README.md", "\n\n".join(first)),
+    """Put the tables into benchmarks/README.md, and some of them into the README and docs/."""
+
+    def heads(*names: str) -> str:
+        chosen = {name: kept[name] for name in names if name in kept}
+        texts = [
+            text
+            for name, one in chosen.items()
+            for text in question(name).headlines(one["results"])
+        ]
+        texts += [where(one) for one in list(chosen.values())[-1:]]
+        return "\n\n".join(texts)
+
+    root = RESULTS.parent.parent
+    for path, marker, text in (
+        ("benchmarks/README.md", "long links", "\n\n".join(report(*one) for one in kept.items())),
+        ("README.md", "long links", heads("small_calls", "bulk", "loss", "lanes")),
+        ("docs/connections.md", "connections", heads("bulk", "loss")),
+        ("docs/connections.md", "lanes", heads("lanes")),
+        ("docs/clubs.md", "clubs", report("clubs", kept["clubs"]) if "clubs" in kept else ""),
     ):
-        if not replace_block(path, "long links", text):
-            sys.exit(f"{path.name}: no markers for long links")
+        if not replace_block(root / path, marker, text):
+            sys.exit(f"{path}: no markers for {marker}")
 
 
 def main() -> None:

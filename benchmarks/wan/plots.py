@@ -81,7 +81,7 @@ def draw_lanes(results: Kept) -> Figure:
     )
     for row, part in zip(grid, parts, strict=True):
         for axes, found in zip(row, results[part].values(), strict=True):
-            for peer, colour in PEERS.items():
+            for peer, colour in (PEERS | {"druvarpc, auto": GREEN}).items():
                 rounds = [one[peer] for one in found["rounds"] if peer in one]
                 distribution(axes, [one["loaded"] for one in rounds], colour, peer, "-")
                 distribution(axes, [one["idle"] for one in rounds], colour, f"{peer}, idle", ":")
