@@ -40,6 +40,11 @@ _ROUNDS: Final = 5
 # A rate that is higher by this factor still grows, as in BBR.
 _GROWTH: Final = 1.25
 
+# A first round that takes so many times as long as the first call may be due to TCP's slow start:
+# in a new connection it sends 14 KB in the first round trip and twice as much in each that follows,
+# so that 1,024 small calls take four.
+_SLOW_START: Final = 6
+
 # A probe's limit, as a part of rate x latency: low enough to empty the queues, and a round at half
 # the rate is all that it costs.
 _PROBE: Final = 0.5
@@ -145,9 +150,14 @@ class ConcurrencyLimit:
         if self._rates:
             grew = rate >= _GROWTH * max(self._rates)
             self._latency = min(self._latency, latency)
+        elif latency <= GAIN * self._latency:
+            grew = True
+            self._latency = latency
         else:
-            grew = latency <= GAIN * self._latency
-            self._latency = latency if grew else self._latency
+            grew = False
+            if latency <= _SLOW_START * self._latency:
+                self._rates.append(rate)
+                return self.limit  # the next round tells
         self._rates.append(rate)
         self._rounds += 1
         product = max(self._rates) * self._latency

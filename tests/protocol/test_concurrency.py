@@ -253,6 +253,18 @@ def test_the_first_call_counts_before_the_first_round_only() -> None:
     assert late.limit == 2 * START
 
 
+def test_the_slow_start_of_a_new_connection_is_no_queue() -> None:
+    """TCP takes four round trips for the first calls; then the rate grows."""
+    limit = ConcurrencyLimit(4608)
+    limit.mark(0.0, START, 0)
+    limit.first(0.04)
+    limit.end(0.16, START, 4608)
+    assert limit.limit == START
+    limit.mark(0.16, START, START)
+    limit.end(0.21, 2 * START, 4608)
+    assert limit.limit > 1.5 * START
+
+
 @given(
     st.integers(1, 5000),
     st.lists(
