@@ -200,10 +200,11 @@ class Club:
         places: dict[int, int] = {}  # in the frame, by the index in the club
         room = MAX_CLUB
         for index, (reply, call) in enumerate(self._begun):
-            room -= call_size(call)
+            size = call_size(call)
+            room -= size
             if len(places) == most or (places and room < 0 and not bound):
                 self._send(calls, places)
-                places, room = {}, MAX_CLUB - call_size(call)
+                places, room = {}, MAX_CLUB - size
             missing = next((one.call for one in call.references if one.call not in places), None)
             if missing is not None:
                 reply.fail(self._unreachable(call, missing))

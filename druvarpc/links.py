@@ -23,7 +23,8 @@ from typing import Final
 
 import trio
 
-from druvarpc.transports import WRITE_SIZE, Buffer
+from druvarpc.protocol.connection import WRITE_SIZE
+from druvarpc.transports import Buffer
 
 # A segment is what the wire carries in half a millisecond, so that fast links don't cost an event
 # for each packet. At least the payload of a TCP segment on Ethernet; at most what leaves several

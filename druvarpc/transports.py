@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 import trio
 
 from druvarpc.errors import ConnectionLost
+from druvarpc.protocol.connection import WRITE_SIZE
+from druvarpc.protocol.outflow import QUANTUM
 from druvarpc.tcp import send_buffer, set_congestion_control
 
 Buffer = bytes | bytearray | memoryview
@@ -33,11 +35,8 @@ JOIN_SIZE: Final = 16 * 1024
 LONGEST_PATIENCE: Final = 0.25
 # The kernel takes at most IOV_MAX buffers at once: 1,024 on Linux and macOS.
 MAX_BUFFERS: Final = 512
-# What is offered to a transport at once at first: enough that a system call costs little.
-WRITE_SIZE: Final = 256 * 1024
-# The same once the kernel has taken less than it was offered: a quantum (`druvarpc.protocol`).
-PRESSED_WRITE: Final = 64 * 1024
-# The least that is offered on a slow link, where what isn't taken delays what comes after it.
+# What is offered to a socket at once is `WRITE_SIZE` at first, `QUANTUM` once the kernel has taken
+# less than that, and on a slow link, where what isn't taken delays what comes after it, this:
 LEAST_WRITE: Final = 16 * 1024
 # What a memory transport holds for a reader, like a socket's buffer.
 MEMORY_BUFFER: Final = 256 * 1024
@@ -165,10 +164,6 @@ class SocketTransport:
         self._send_buffer = send_buffer(self._socket)
         self._eager = False  # the last read was a full one: there is more
 
-    def set_congestion_control(self, name: str) -> None:
-        """Choose TCP's congestion control, which has been checked."""
-        set_congestion_control(self._socket, name)
-
     def hold_back(self, gentle: bool) -> None:
         """See `Transport`."""
         if self._send_buffer is not None:
@@ -206,7 +201,7 @@ class SocketTransport:
                 else:
                     sent = self._socket.sendmsg(rest[:MAX_BUFFERS])
             except BlockingIOError:
-                self.write_size = min(self.write_size, PRESSED_WRITE)
+                self.write_size = min(self.write_size, QUANTUM)
                 return rest
             except OSError as error:
                 raise self._broken(error) from error
@@ -215,7 +210,7 @@ class SocketTransport:
             full = len(rest) <= MAX_BUFFERS  # all was offered, and not all taken
             rest = _after(rest, sent)
             if full:
-                self.write_size = min(self.write_size, PRESSED_WRITE)
+                self.write_size = min(self.write_size, QUANTUM)
                 return rest
         return rest
 
@@ -241,7 +236,7 @@ class SocketTransport:
             patience = min(2 * patience, LONGEST_PATIENCE)
         buffer.tune()
         if buffer.patience < math.inf:
-            self.write_size = max(LEAST_WRITE, min(buffer.unsent // 2, PRESSED_WRITE))
+            self.write_size = max(LEAST_WRITE, min(buffer.unsent // 2, QUANTUM))
 
     def send_eof(self) -> None:
         """See `Transport`."""
@@ -384,16 +379,15 @@ async def open_transport(address: Address, congestion_control: str | None = None
         raise ConnectionLost(
             f"can't connect to {address}: {_reason(error)}", not_started=True
         ) from error
-    transport = SocketTransport(stream, str(address))
     if congestion_control is not None:
         try:
-            transport.set_congestion_control(congestion_control)
+            set_congestion_control(stream.socket, congestion_control)
         except ValueError as error:  # it was there a moment ago
-            transport.close()
+            stream.socket.close()
             raise ConnectionLost(
                 f"can't connect to {address}: {error}", not_started=True
             ) from error
-    return transport
+    return SocketTransport(stream, str(address))
 
 
 async def open_listeners(
@@ -410,9 +404,9 @@ async def open_listeners(
     """
     if address.scheme == "tcp":
         listeners = await trio.open_tcp_listeners(address.port, host=address.host)
-        for listener in listeners if congestion_control is not None else ():
-            assert congestion_control is not None
-            set_congestion_control(listener.socket, congestion_control)
+        if congestion_control is not None:
+            for listener in listeners:
+                set_congestion_control(listener.socket, congestion_control)
         return listeners
     path = Path(address.path)
     _remove_stale_socket(path)

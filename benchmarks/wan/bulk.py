@@ -30,6 +30,9 @@ EACH = 4_000_000
 LINKS = ("region", "continent")
 RATE = picked("rate")
 AUTO = {"connections": "auto"}
+CONNECTIONS = Table(
+    "Connections:", lambda found: float(found.get("connections", 1)), "{:.0f}".format
+)
 
 
 def stream(
@@ -56,6 +59,17 @@ def many(down: bool, options: Mapping[str, Any] = MappingProxyType({})) -> Calla
     return job
 
 
+def arrived(base: str) -> Table:
+    """Return the table of the rates, as multiples of an entry's."""
+    return Table(
+        "Arrived at the application; times iperf3's:",
+        RATE,
+        megabits,
+        to(base, RATE),
+        headline=True,
+    )
+
+
 def whole(pace: Pace) -> Job:
     return Job(size=PIECE, amount=pace.of(TRANSFER))
 
@@ -74,15 +88,7 @@ def one_way(title: str, *, down: bool) -> Part:
             ),
             Entry("grpc.aio", peer("grpc_aio", "bulk", stream(down=down))),
         ),
-        tables=(
-            Table(
-                "Arrived at the application; times iperf3's:",
-                RATE,
-                megabits,
-                to("iperf3", RATE),
-                headline=True,
-            ),
-        ),
+        tables=(arrived("iperf3"),),
     )
 
 
@@ -103,16 +109,8 @@ def several(title: str, *, down: bool) -> Part:
             Entry("grpc.aio", peer("grpc_aio", "bulk", stream(down=down))),
         ),
         tables=(
-            Table(
-                "Arrived at the application; times iperf3's:",
-                RATE,
-                megabits,
-                to(best, RATE),
-                headline=True,
-            ),
-            Table(
-                "Connections:", lambda found: float(found.get("connections", 1)), "{:.0f}".format
-            ),
+            arrived(best),
+            CONNECTIONS,
         ),
     )
 

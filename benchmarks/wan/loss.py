@@ -3,8 +3,8 @@
 The namespaces' default is set, so that it holds for everything on both sides.
 """
 
-from benchmarks.wan.bulk import AUTO, RATE, many, stream
-from benchmarks.wan.question import Entry, Part, Question, Table, bare, megabits, peer, to
+from benchmarks.wan.bulk import AUTO, CONNECTIONS, arrived, many, stream
+from benchmarks.wan.question import Entry, Part, Question, bare, peer
 
 
 def one_way(title: str, *, down: bool) -> Part:
@@ -19,16 +19,8 @@ def one_way(title: str, *, down: bool) -> Part:
             Entry("grpc.aio", peer("grpc_aio", "bulk", stream(down=down))),
         ),
         tables=(
-            Table(
-                "Arrived at the application; times iperf3's:",
-                RATE,
-                megabits,
-                to("iperf3", RATE),
-                headline=True,
-            ),
-            Table(
-                "Connections:", lambda found: float(found.get("connections", 1)), "{:.0f}".format
-            ),
+            arrived("iperf3"),
+            CONNECTIONS,
         ),
     )
 

@@ -201,18 +201,19 @@ async def bulk(job: Job) -> Figures:
         return figures | {"connections": client.statistics().connections}
 
 
+async def pieces(job: Job) -> AsyncIterator[bytes]:
+    for piece in job.pieces():
+        yield piece
+
+
 async def transfer(job: Job) -> Figures:
     """Seconds for `amount` bytes upwards, the acknowledgement included, over a new connection."""
-
-    async def source() -> AsyncIterator[bytes]:
-        for piece in job.pieces():
-            yield piece
 
     async with connect(job) as client:
         stub = client.stub(Bench)
         await stub.echo(b"")
         start = now()
-        await stub.upload(source())
+        await stub.upload(pieces(job))
         return {"seconds": now() - start}
 
 
@@ -261,15 +262,11 @@ async def lanes(job: Job) -> Figures:
 async def memory(job: Job) -> Figures:
     """What both ends grow by while `amount` bytes go up."""
 
-    async def source() -> AsyncIterator[bytes]:
-        for piece in job.pieces():
-            yield piece
-
     async with connect(job) as client:
         stub = client.stub(Bench)
         await stub.echo(b"")
         footprint = Footprint(job)
-        await stub.upload(source())
+        await stub.upload(pieces(job))
         return footprint.growth()
 
 
