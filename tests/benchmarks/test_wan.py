@@ -12,7 +12,10 @@ from benchmarks.wan.links import Link
 
 LINK = Link("tested", rtt=0.020, rate=50e6)
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=f"a long link needs {', '.join(missing())}")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(bool(missing()), reason=f"a long link needs {', '.join(missing())}"),
+]
 
 
 def pinged(link: Link, count: int) -> dict[int, float]:
