@@ -11,6 +11,7 @@ from druvarpc.errors import (
     Status,
 )
 from druvarpc.handlers import CurrentCall, current_call
+from druvarpc.peers import Certificate, Peer, UnixCredentials
 from druvarpc.protocol import Clubbing, Limits, Priority
 from druvarpc.server import Server, serve
 from druvarpc.service import Service, rpc
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CallTimes",
+    "Certificate",
     "Client",
     "Club",
     "ClubCount",
@@ -35,6 +37,7 @@ __all__ = [
     "LocalProtocolError",
     "MethodTimes",
     "Part",
+    "Peer",
     "Priority",
     "ProtocolError",
     "RemoteProtocolError",
@@ -44,6 +47,7 @@ __all__ = [
     "Service",
     "Statistics",
     "Status",
+    "UnixCredentials",
     "connect",
     "current_call",
     "rpc",

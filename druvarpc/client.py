@@ -7,6 +7,7 @@ from typing import Final, Literal, TypeVar
 
 import trio
 
+from druvarpc.addresses import parse_address
 from druvarpc.calls import Options
 from druvarpc.club import Club
 from druvarpc.connections import Connections
@@ -16,7 +17,7 @@ from druvarpc.session import quiet_nursery
 from druvarpc.statistics import Statistics
 from druvarpc.stubs import make_stub
 from druvarpc.timings import Timings
-from druvarpc.transports import Transport, check_congestion_control, open_transport, parse_address
+from druvarpc.transports import Transport, check_congestion_control, open_transport
 
 S = TypeVar("S", bound=Service)
 Metadata = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]

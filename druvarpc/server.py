@@ -6,6 +6,7 @@ from typing import Final
 
 import trio
 
+from druvarpc.addresses import Address, parse_address
 from druvarpc.dispatch import Dispatcher
 from druvarpc.errors import CloseCode
 from druvarpc.handlers import dispatch_table
@@ -14,13 +15,11 @@ from druvarpc.service import Service
 from druvarpc.session import GOODBYE, Session
 from druvarpc.statistics import Statistics, Totals
 from druvarpc.transports import (
-    Address,
     Transport,
     accepted_transport,
     check_congestion_control,
     listening_address,
     open_listeners,
-    parse_address,
     remove_socket,
 )
 

@@ -34,7 +34,7 @@ LAYERS = (
     "codec",
     "signatures",
     "service",
-    "tcp",
+    "tcp addresses peers",
     "transports",
     "session",
     "timings",

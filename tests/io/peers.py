@@ -311,7 +311,8 @@ class Vanishing:
     """One end of a connection in memory that can go away without a word."""
 
     def __init__(self, inner: MemoryTransport) -> None:
-        self.peer = "vanishing"
+        self.who = druvarpc.Peer("vanishing")
+        self.peer = self.who.address
         self.write_size = inner.write_size
         self.gone = False
         self._inner = inner

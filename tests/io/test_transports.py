@@ -7,6 +7,7 @@ import pytest
 import trio
 
 import druvarpc
+from druvarpc.addresses import Address, parse_address
 from druvarpc.protocol.frames import PREFACE
 from druvarpc.transports import accepted_transport, memory_transports
 from tests.io.peers import TCP, RawPeer, Work, Workshop, port_of, raw_server, serving
@@ -23,7 +24,7 @@ async def answers(address: str) -> bool:
 @pytest.mark.parametrize(
     ("address", "complaint"),
     [
-        ("", "an address is tcp://host:port or unix:///path"),
+        ("", "an address is tcp://host:port, tls://host:port, http://host"),
         ("localhost:7420", "an address is"),
         ("127.0.0.1:7420", "an address is"),
         ("udp://localhost:7420", "an address is"),
@@ -37,10 +38,24 @@ async def answers(address: str) -> bool:
         ("tcp://localhost:http", "[Pp]ort"),
         ("tcp://[::1:7420", "IPv6"),
         ("tcp://::1:7420", "[Pp]ort|brackets|a TCP address is"),
+        ("tcp://a b:7420", "no spaces"),
+        ("tcp://a\r\nX: y:7420", "no spaces"),
+        ("tcp://a\tb:7420", "no spaces"),
+        ("tcp://a\0:7420", "no spaces"),
+        ("tcp://[::1%25x/y]:7420", "a TCP address is|IP"),
+        ("tcp://a%0d%0a:7420", "a TCP address is"),
+        ("tls://localhost", "an address of tls is tls://host:port"),
+        ("tls://localhost:1/path", "an address of tls is"),
+        ("http://", "an address of http is http://host, "),
+        ("http://me:secret@localhost", "an address of http is"),
+        ("https://localhost/a?b", "an address of https is"),
+        ("https://localhost/\u00e4", "an address of https is"),
+        ("https://local\\host", "an address of https is"),
         ("unix://relative/path", "a Unix address is unix:///path"),
         ("unix://", "a Unix address is"),
         ("unix:///a?b", "a Unix address is"),
         ("unix:///a#b", "a Unix address is"),
+        ("unix:///a\0b", "a Unix address is"),
     ],
 )
 async def test_an_address_that_is_none_is_refused_with_what_is_wrong(address, complaint):
@@ -50,6 +65,24 @@ async def test_an_address_that_is_none_is_refused_with_what_is_wrong(address, co
     assert repr(address) in str(refused.value)
     with trio.fail_after(1), pytest.raises(ValueError, match=complaint):
         await druvarpc.serve([Workshop()], address)
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "written"),
+    [
+        ("tcp://a:1", Address("tcp", "a", 1), "tcp://a:1"),
+        ("tls://[::1]:0", Address("tls", "::1", 0), "tls://[::1]:0"),
+        ("http://a", Address("http", "a", 80), "http://a:80"),
+        ("https://a/", Address("https", "a", 443), "https://a:443"),
+        ("https://a_b-c.de:8/rpc/x", Address("https", "a_b-c.de", 8, "/rpc/x"), None),
+        ("http://b\u00fccher.example:80", Address("http", "b\u00fccher.example", 80), None),
+        ("unix:///a b", Address("unix", path="/a b"), None),
+    ],
+)
+def test_addresses(text, address, written):
+    assert parse_address(text) == address
+    assert str(address) == (written or text)
+    assert parse_address(str(address)) == address
 
 
 async def test_a_server_needs_an_address():
