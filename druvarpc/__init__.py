@@ -17,14 +17,15 @@ from druvarpc.server import Server, serve
 from druvarpc.service import Service, rpc
 from druvarpc.statistics import ClubCount, Statistics
 from druvarpc.timings import CallTimes, MethodTimes
+from druvarpc.tls import TLS
+from druvarpc.version import __version__
 from druvarpc.windowed import windowed
 
 # As an attribute too, without an import of its own.
 from druvarpc import testing as testing  # isort: skip
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "TLS",
     "CallTimes",
     "Certificate",
     "Client",
@@ -48,6 +49,7 @@ __all__ = [
     "Statistics",
     "Status",
     "UnixCredentials",
+    "__version__",
     "connect",
     "current_call",
     "rpc",

@@ -20,7 +20,7 @@ _FORM: Final = (
 )
 # A host goes into heads of HTTP: nothing that could mean more than a name. Letters of all scripts:
 # IDNA encodes them.
-_NAME: Final = re.compile(r"[\w.-]+")
+_NAME: Final = re.compile(r"\w[\w.-]*")
 _PATH: Final = re.compile(r"/[!-~]*")
 _UNSAFE: Final = re.compile(r"[\x00-\x20\x7f]")
 

@@ -1,8 +1,8 @@
 """The client: stubs of services, clubs, and the connections that carry them."""
 
+import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Final, Literal, TypeVar
 
 import trio
@@ -11,13 +11,15 @@ from druvarpc.addresses import parse_address
 from druvarpc.calls import Options
 from druvarpc.club import Club
 from druvarpc.connections import Connections
+from druvarpc.dialing import Dialer
 from druvarpc.protocol import Clubbing, Limits, Priority
 from druvarpc.service import Service
 from druvarpc.session import quiet_nursery
 from druvarpc.statistics import Statistics
 from druvarpc.stubs import make_stub
 from druvarpc.timings import Timings
-from druvarpc.transports import Transport, check_congestion_control, open_transport
+from druvarpc.tls import TLS
+from druvarpc.transports import Transport, check_congestion_control
 
 S = TypeVar("S", bound=Service)
 Metadata = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
@@ -104,6 +106,8 @@ class Client:
 async def connect(
     address: str,
     *,
+    tls: TLS | ssl.SSLContext | None = None,
+    proxy: str | None = None,
     connections: int | Literal["auto"] = 1,
     clubbing: Clubbing = Clubbing(),
     limits: Limits = Limits(),
@@ -119,7 +123,14 @@ async def connect(
     Where nothing of a call was begun, the error's `not_started` says so.
 
     Args:
-        address: "tcp://host:port" or "unix:///path".
+        address: "tcp://host:port", "tls://host:port" or "unix:///path"; or "http://host:port/path"
+            ("https:"), for the same protocol behind an upgrade of HTTP.
+        tls: how to encrypt, for tls and https: files, or a context, which is used as it is; None
+            for servers that are certified by whom the system trusts. See `TLS`.
+        proxy: the HTTP proxy to connect by, "http://user:password@host:port"; "" for none; None for
+            that of the environment: for tls and https HTTPS_PROXY, for http http_proxy, else
+            ALL_PROXY, but for the hosts of NO_PROXY. tcp addresses go by a proxy only if it is
+            named here.
         connections: how many; "auto" starts with one, adds more while the goodput rises with them,
             up to eight, and drops those that don't pay. A call stays on the connection that it
             began on.
@@ -131,15 +142,18 @@ async def connect(
         timings: find out where the time of every call goes; see `Client.stub`.
 
     Raises:
-        ValueError: the address isn't one, the number of connections isn't positive, or the system
-            doesn't have that congestion control.
+        ValueError: the address or the proxy isn't one, or can't be had with the other arguments,
+            the number of connections isn't positive, or the system doesn't have that congestion
+            control.
+        OSError: a file of `tls` can't be used.
         ConnectionLost: no druvarpc server answers there.
     """
     parsed = parse_address(address)
     if congestion_control is not None:
         check_congestion_control(congestion_control, [parsed])
+    dialer = Dialer(parsed, tls=tls, proxy=proxy, congestion_control=congestion_control)
     async with connect_by(
-        partial(open_transport, parsed, congestion_control=congestion_control),
+        dialer,
         str(parsed),
         connections=connections,
         clubbing=clubbing,

@@ -12,6 +12,7 @@ import stat
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol, cast
 
@@ -332,7 +333,7 @@ def check_congestion_control(name: str, addresses: Sequence[Address]) -> None:
     Raises:
         ValueError: they can't.
     """
-    if any(address.scheme != "tcp" for address in addresses):
+    if any(address.scheme == "unix" for address in addresses):
         raise ValueError(f"congestion control {name!r}: only TCP has one")
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         set_congestion_control(probe, name)
@@ -382,7 +383,7 @@ async def open_listeners(
     Raises:
         OSError: that isn't possible.
     """
-    if address.scheme == "tcp":
+    if address.scheme != "unix":
         listeners = await trio.open_tcp_listeners(address.port, host=address.host)
         if congestion_control is not None:
             for listener in listeners:
@@ -400,12 +401,12 @@ async def open_listeners(
     return [trio.SocketListener(listening)]
 
 
-def listening_address(listener: trio.SocketListener) -> Address:
-    """Return where a listener listens, with the port that the system chose."""
+def listening_address(listener: trio.SocketListener, address: Address) -> Address:
+    """Return where a listener for `address` listens, with the port that the system chose."""
     name = listener.socket.getsockname()
     if isinstance(name, str):
         return Address("unix", path=name)
-    return Address("tcp", host=name[0], port=name[1])
+    return replace(address, host=name[0], port=name[1])
 
 
 def accepted_transport(stream: trio.SocketStream) -> SocketTransport:
