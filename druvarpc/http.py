@@ -12,6 +12,7 @@ A head is 16 KiB at most, a body nothing. Each request has the time of a handsha
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Final, Protocol
 
 import h11
@@ -167,6 +168,8 @@ def _refusal(status: int, text: str, *headers: tuple[str, str]) -> _Answer:
 def _choose(request: h11.Request, site: Site) -> _Answer | None:
     """Return the answer to a request, None for the upgrade."""
     headers: Headers = list(request.headers)
+    if request.http_version not in (b"1.0", b"1.1"):
+        return _refusal(505, "only HTTP/1.1")
     if _values(headers, b"transfer-encoding") or _values(headers, b"content-length") not in (
         [],
         [b"0"],
@@ -226,7 +229,9 @@ async def _respond(
     ]
     if answer.last:
         headers.append(("Connection", "close"))
-    await _send(connection, transport, h11.Response(status_code=answer.status, headers=headers))
+    reason = HTTPStatus(answer.status).phrase
+    response = h11.Response(status_code=answer.status, headers=headers, reason=reason)
+    await _send(connection, transport, response)
     if not bare:
         await _send(connection, transport, h11.Data(data=body))
     await _send(connection, transport, h11.EndOfMessage())

@@ -184,6 +184,7 @@ class TLSTransport:
 
     __slots__ = (
         "_ended",
+        "_ending",
         "_failure",
         "_incoming",
         "_inner",
@@ -215,6 +216,7 @@ class TLSTransport:
         self._unsent: Sequence[Buffer] = ()
         self._unread = b""
         self._ended = False
+        self._ending = False
         self._failure: trio.BrokenResourceError | None = None
         self.peer = inner.peer
         self.who = inner.who
@@ -272,6 +274,8 @@ class TLSTransport:
             # All that had come has been decrypted, so that there is nothing to read but from below.
             if self._failure is not None:
                 raise self._failure  # what came before it has been handed on
+            if self._ending:
+                self._flush()
             await self._fill()
             if data := self._decrypt():
                 return data
@@ -371,6 +375,9 @@ class TLSTransport:
         self._unsent = unsent
         if unsent:
             self._unsent = self._inner.send_nowait(unsent)
+        if self._ending and not self._unsent:
+            self._ending = False
+            self._inner.send_eof()
         return not self._unsent
 
     async def _flush_all(self) -> None:
@@ -393,11 +400,13 @@ class TLSTransport:
             pass  # the peer's end is still to come
         except ssl.SSLError as error:
             raise _broken(error) from error
-        if self._flush():
-            self._inner.send_eof()
+        self._ending = True
+        self._flush()
 
     def close(self) -> None:
         """See `Transport`."""
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            self._flush()  # TLS's end, if there was no room for it
         self._inner.close()
 
 

@@ -10,7 +10,17 @@ import druvarpc
 from druvarpc.addresses import Address, parse_address
 from druvarpc.protocol.frames import PREFACE
 from druvarpc.transports import accepted_transport, memory_transports
-from tests.io.peers import TCP, RawPeer, Work, Workshop, port_of, raw_server, serving
+from tests.io.peers import (
+    TCP,
+    RawPeer,
+    Work,
+    Workshop,
+    buffers_of_all_sizes,
+    carried,
+    port_of,
+    raw_server,
+    serving,
+)
 
 
 async def answers(address: str) -> bool:
@@ -324,31 +334,6 @@ async def test_no_time_to_connect():
 
 
 # --- bytes ---
-
-
-def buffers_of_all_sizes() -> list[bytes | bytearray | memoryview]:
-    sizes = [0, 1, 7, 1000, 0, 0, 70_000, 3] * 200 + [3_000_000, 0]
-    kinds = (bytes, bytearray, lambda data: memoryview(bytearray(data)))
-    return [kinds[i % 3](bytes([i % 251]) * size) for i, size in enumerate(sizes)]
-
-
-async def send_all(transport, buffers) -> None:
-    while buffers := transport.send_nowait(buffers):
-        await transport.wait_writable()
-
-
-async def carried(sender, receiver, buffers) -> bytes:
-    received = bytearray()
-
-    async def receive() -> None:
-        while data := await receiver.receive():
-            received.extend(data)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(receive)
-        await send_all(sender, buffers)
-        sender.send_eof()
-    return bytes(received)
 
 
 async def test_buffers_of_all_sizes_cross_a_socket_that_takes_little_at_a_time():
