@@ -24,6 +24,7 @@ QUESTIONS = (
     "many_connections",
     "connecting",
     "memory",
+    "transports",
     "core",
 )
 
