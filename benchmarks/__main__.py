@@ -25,6 +25,7 @@ QUESTIONS = (
     "connecting",
     "memory",
     "transports",
+    "transports_bulk",
     "core",
 )
 

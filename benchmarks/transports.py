@@ -8,18 +8,16 @@ PEERS = ("druvarpc", "druvarpc_tls", "druvarpc_unix", "druvarpc_http")
 QUESTION = Comparison(
     title="Transports",
     what=(
-        "druvarpc over TCP, and beside it over other transports: calls of 64 bytes a second, "
-        "connections a second with one call each, and bytes a second of an upload in pieces of "
-        "64 KiB. The multiples are those of TCP."
+        "druvarpc over TCP, and beside it over other transports: calls of 64 bytes a second, and "
+        "connections a second with one call each. The multiples are those of TCP."
     ),
     cases=(
         Case("one at a time", "echo"),
         Case("256 tasks", "echo_tasks", count=256),
-        Case("upload, 64 KiB", "upload", size=64 << 10),
         Case("connections", "connects"),
     ),
     show=count,
     show_cost=microseconds,
-    cost="Processor time of a call, a byte, or a connection, client + server, in microseconds:",
+    cost="Processor time of a call or a connection, client + server, in microseconds:",
     peers=PEERS,
 )

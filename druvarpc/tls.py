@@ -294,7 +294,7 @@ class TLSTransport:
         read, incoming = self._secured.read, self._incoming
         records: list[bytes] = []
         try:
-            # OpenSSL takes from the buffer what a record needs: an empty one leaves nothing to read.
+            # OpenSSL takes from the buffer what a record needs; of an empty one nothing is left.
             while incoming.pending or incoming.eof:
                 data = read(RECORD)
                 if not data:
