@@ -272,6 +272,11 @@ class MemoryTransport:
     def hold_back(self, gentle: bool) -> None:
         """See `Transport`."""
 
+    def unread(self, data: bytes) -> None:
+        """Let the next `receive` return this first, which an earlier one has read too much."""
+        if data:
+            self._incoming.buffers.appendleft(data)
+
     async def receive(self) -> bytes:
         """See `Transport`."""
         await trio.lowlevel.checkpoint()
