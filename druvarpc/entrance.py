@@ -50,8 +50,8 @@ class Entrance:
         self._contexts = contexts
         self._proxied = proxied
 
-    async def admit(self, stream: trio.SocketStream) -> Transport | None:
-        """Return the transport to speak the protocol on.
+    async def admit(self, stream: trio.SocketStream) -> tuple[Transport, float] | None:
+        """Return the transport to speak the protocol on, and when its handshake began.
 
         None if there is none: the connection has been closed. One that stays silent is admitted
         when its time is up, so that it is told so in the protocol's words.
@@ -67,7 +67,8 @@ class Entrance:
                 connected.close()
         return admitted
 
-    async def _admit(self, connected: SocketTransport) -> Transport | None:
+    async def _admit(self, connected: SocketTransport) -> tuple[Transport, float] | None:
+        began = trio.current_time()
         transport: SocketTransport | TLSTransport = connected
         ready = not (self._proxied or self._contexts)
         first = b""
@@ -82,12 +83,14 @@ class Entrance:
             first = await transport.receive()
             transport.unread(first)
         if scope.cancelled_caught:
-            return transport if ready else None
+            return (transport, began) if ready else None
         if not first:
             return None
-        if _is_http(first) and not await answer(transport, self._site, self._patience):
-            return None
-        return transport
+        if _is_http(first):
+            if not await answer(transport, self._site, self._patience):
+                return None
+            began = trio.current_time()  # whatever was asked before the upgrade
+        return transport, began
 
     async def _wants_tls(self, connected: SocketTransport) -> bool:
         """Whether a connection begins with TLS; one that doesn't is told that it should."""

@@ -129,7 +129,7 @@ class Server:
                 listener.socket.close()
 
     async def serve_transport(self, transport: Transport, since: float | None = None) -> None:
-        """Serve one connection, which came at `since`, until it ends."""
+        """Serve one connection until it ends; its handshake began at `since`."""
         now = trio.current_time() if since is None else since
         core = Connection("server", now=now, limits=self._limits, budget=self._memory)
         async with trio.open_nursery() as nursery:
@@ -168,10 +168,9 @@ class Server:
         return Entrance(site, self._limits, contexts, proxied=self._proxy_protocol)
 
     async def _accept(self, entrance: Entrance, stream: trio.SocketStream) -> None:
-        since = trio.current_time()
-        transport = await entrance.admit(stream)
-        if transport is not None:
-            await self.serve_transport(transport, since)
+        admitted = await entrance.admit(stream)
+        if admitted is not None:
+            await self.serve_transport(*admitted)
 
 
 async def serve(

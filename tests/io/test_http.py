@@ -177,6 +177,21 @@ async def test_several_requests_on_a_connection():
             await stream.send_all(HELLO)
 
 
+async def test_the_time_for_a_handshake_begins_with_the_upgrade():
+    limits = druvarpc.Limits(handshake_timeout=0.4)
+    keep = get("/healthz").replace(b"Connection: close\r\n", b"")
+    async with serving(Workshop(), limits=limits) as server, open_stream(server) as stream:
+        start = trio.current_time()
+        while trio.current_time() < start + 0.5:
+            await stream.send_all(keep)
+            await read_until(stream, b"ok\n")
+            await trio.sleep(0.05)
+        await stream.send_all(UPGRADE)
+        _, _, rest = (await read_until(stream, b"\r\n\r\n")).partition(b"\r\n\r\n")
+        await stream.send_all(HELLO + call(1, "Work.echo", b"x"))
+        assert b"x" in (await RawPeer(stream, rest).until(0x11)).body
+
+
 async def test_metrics_are_what_the_statistics_say():
     async with serving(Workshop()) as server, druvarpc.connect(server.addresses[0]) as client:
         await client.stub(Work).echo(b"x")

@@ -396,6 +396,37 @@ async def test_a_proxy_that_is_in_a_hurry_loses_nothing():
             pass
 
 
+async def test_a_proxy_that_is_spoken_to_by_tls(ca, monkeypatch):
+    """TLS with the service goes through TLS with the proxy."""
+    context = ca.server().context("server", ["http/1.1"])
+
+    async def pass_on(source: trio.abc.ReceiveStream, target: trio.abc.SendStream) -> None:
+        try:
+            while data := await source.receive_some(65536):
+                await target.send_all(data)
+        except trio.BrokenResourceError:
+            pass
+
+    async def secure(peer: RawPeer) -> None:
+        near = trio.SSLStream(peer.stream, context, server_side=True)
+        head = await read_head(RawPeer(near))
+        host, _, port = head.split()[1].decode().partition(":")
+        await near.send_all(b"HTTP/1.1 200 OK\r\n\r\n")
+        async with await trio.open_tcp_stream(host, int(port)) as far, trio.open_nursery() as pair:
+            pair.start_soon(pass_on, near, far)
+            await pass_on(far, near)
+            pair.cancel_scope.cancel()
+
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca.file))
+    async with (
+        serving(Workshop(), "tls://127.0.0.1:0", tls=ca.server()) as server,
+        raw_server(secure) as place,
+    ):
+        await carries_bulk(
+            server.addresses[0], tls=ca.client(), proxy=place.replace("tcp", "https")
+        )
+
+
 # --- which one ---
 
 ENVIRONMENT = {
