@@ -12,7 +12,8 @@ from druvarpc.addresses import Address, host_and_port
 from druvarpc.errors import ConnectionLost
 from druvarpc.peers import Peer
 from druvarpc.proxies import Proxy, choose_proxy
-from druvarpc.tls import HTTP, PROTOCOL, TLS, Contexts, TLSTransport
+from druvarpc.tls import HTTP, PROTOCOL, TLS, Contexts
+from druvarpc.tls_transport import TLSTransport
 from druvarpc.transports import SocketTransport, Transport, open_transport
 
 __all__ = ["Dialer"]

@@ -19,7 +19,8 @@ from druvarpc.peers import Peer
 from druvarpc.protocol import Connection, Limits
 from druvarpc.protocol.frames import MAGIC
 from druvarpc.proxy_protocol import parse
-from druvarpc.tls import Contexts, TLSTransport
+from druvarpc.tls import Contexts
+from druvarpc.tls_transport import TLSTransport
 from druvarpc.transports import SocketTransport, Transport, accepted_transport
 
 __all__ = ["Entrance"]

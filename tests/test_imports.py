@@ -48,6 +48,7 @@ LAYERS = (
     "stubs dispatch",
     "club windowed",
     "tls http",
+    "tls_transport",
     "dialing entrance",
     "client server",
     "links",

@@ -19,7 +19,7 @@ from druvarpc.client import connect_by
 from druvarpc.errors import CloseCode
 from druvarpc.protocol.frames import PREFACE
 from druvarpc.testing import Link
-from druvarpc.tls import TLSTransport
+from druvarpc.tls_transport import TLSTransport
 from druvarpc.transports import Buffer, Transport, accepted_transport, memory_transports
 from tests.io.certificates import Authority, authority
 from tests.io.peers import (
