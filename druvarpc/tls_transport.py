@@ -2,10 +2,11 @@
 
 `TLSTransport` is between a connection and another transport, with OpenSSL's memory buffers in
 between (`ssl.SSLObject`), so that it keeps to the contract of `Transport`: it writes without
-waiting. What the other transport doesn't take of a record that has been encrypted waits in `_unsent`
-and goes before anything else; as long as something waits there nothing more is encrypted, so that it
-is never more than two `CHUNK`s. Where all of the caller's bytes have been encrypted and some of that
-waits, an empty buffer is what is "left" to send: so the caller comes back.
+waiting. What the other transport doesn't take of a record that has been encrypted waits in
+`_unsent` and goes before anything else; as long as something waits there nothing more is
+encrypted, so that it is never more than two `CHUNK`s. Where all of the caller's bytes have been
+encrypted and some of that waits, an empty buffer is what is "left" to send: so the caller comes
+back.
 """
 
 import ssl
