@@ -11,8 +11,8 @@ from druvarpc.addresses import parse_address
 from druvarpc.calls import Options
 from druvarpc.club import Club
 from druvarpc.connections import Connections
-from druvarpc.dialing import Dialer
 from druvarpc.protocol import Clubbing, Limits, Priority
+from druvarpc.routes import Route
 from druvarpc.service import Service
 from druvarpc.session import quiet_nursery
 from druvarpc.statistics import Statistics
@@ -151,9 +151,9 @@ async def connect(
     parsed = parse_address(address)
     if congestion_control is not None:
         check_congestion_control(congestion_control, [parsed])
-    dialer = Dialer(parsed, tls=tls, proxy=proxy, congestion_control=congestion_control)
+    route = Route(parsed, tls=tls, proxy=proxy, congestion_control=congestion_control)
     async with connect_by(
-        dialer,
+        route,
         str(parsed),
         connections=connections,
         clubbing=clubbing,

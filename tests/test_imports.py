@@ -49,7 +49,7 @@ LAYERS = (
     "club windowed",
     "tls http",
     "tls_transport",
-    "dialing entrance",
+    "routes entrance",
     "client server",
     "links",
     "testing",

@@ -16,14 +16,14 @@ from druvarpc.tls import HTTP, PROTOCOL, TLS, Contexts
 from druvarpc.tls_transport import TLSTransport
 from druvarpc.transports import SocketTransport, Transport, open_transport
 
-__all__ = ["Dialer"]
+__all__ = ["Route"]
 
 _Bytes = SocketTransport | TLSTransport
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
 
-class Dialer:
-    """Opens transports to an address.
+class Route:
+    """A way to an address, on which transports are opened.
 
     Args:
         address: where to.
