@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "errors",
     "protocol.frames",
-    "protocol.buffer",
+    "protocol.buffer protocol.compression",
     "protocol.limits",
     "protocol.times",
     "protocol.concurrency protocol.goodput protocol.liveness protocol.windows protocol.lanes",
@@ -30,6 +30,7 @@ LAYERS = (
     "protocol.caller protocol.callee",
     "protocol.connection",
     "protocol",  # its __init__, which re-exports
+    "compression",
     "unions",
     "codec",
     "signatures",
