@@ -6,6 +6,7 @@ from typing import Final
 
 import trio
 
+from druvarpc.compression import Compression, algorithms_for
 from druvarpc.dispatch import Dispatcher
 from druvarpc.errors import CloseCode
 from druvarpc.handlers import dispatch_table
@@ -35,8 +36,14 @@ class Server:
     """
 
     def __init__(
-        self, services: Sequence[Service], limits: Limits, congestion_control: str | None = None
+        self,
+        services: Sequence[Service],
+        limits: Limits,
+        congestion_control: str | None = None,
+        *,
+        compression: Compression | None = None,
     ) -> None:
+        self._compression = algorithms_for(compression)
         self._congestion_control = congestion_control
         self.addresses: list[str] = []
         self._bound: list[Address] = []
@@ -109,7 +116,11 @@ class Server:
     async def serve_transport(self, transport: Transport) -> None:
         """Serve one connection until it ends."""
         core = Connection(
-            "server", now=trio.current_time(), limits=self._limits, budget=self._memory
+            "server",
+            now=trio.current_time(),
+            limits=self._limits,
+            budget=self._memory,
+            compression=self._compression,
         )
         async with trio.open_nursery() as nursery:
             dispatcher = Dispatcher(self._table, core, transport, nursery, self._totals)
@@ -145,6 +156,7 @@ async def serve(
     *addresses: str,
     limits: Limits = Limits(),
     congestion_control: str | None = None,
+    compression: Compression | None = None,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled, or until the server has been drained.
@@ -157,9 +169,12 @@ async def serve(
         addresses: one or more of "tcp://host:port" and "unix:///path"; port 0 takes a free one.
         limits: what each connection, and all together, may use.
         congestion_control: of TCP, for what this server sends; see `connect`.
+        compression: how arguments, results and items of streams are compressed for clients that
+            have been told of it too; see `connect`.
         task_status: reports the `Server`; given by `nursery.start`.
 
     Raises:
+        ImportError: zstd is asked for and isn't installed.
         TypeError: a service is none.
         ValueError: an address isn't one, none is given, two services have the same method, or the
             system doesn't have that congestion control.
@@ -170,4 +185,5 @@ async def serve(
     parsed = [parse_address(address) for address in addresses]
     if congestion_control is not None:
         check_congestion_control(congestion_control, parsed)
-    await Server(services, limits, congestion_control).run(parsed, task_status)
+    server = Server(services, limits, congestion_control, compression=compression)
+    await server.run(parsed, task_status)

@@ -30,6 +30,7 @@ LAYERS = (
     "protocol.caller protocol.callee",
     "protocol.connection",
     "protocol",  # its __init__, which re-exports
+    "zstd",
     "compression",
     "unions",
     "codec",

@@ -35,14 +35,12 @@ MOST_RATIO: Final = 100
 
 
 class Algorithm(Protocol):
-    """A way to compress.
-
-    Attributes:
-        number: what names it on the wire, a power of two.
-    """
+    """A way to compress."""
 
     @property
-    def number(self) -> int: ...
+    def number(self) -> int:
+        """What names it on the wire, a power of two."""
+        ...
 
     def compress(self, data: Buffer) -> bytes:
         """Return data in its compressed form."""

@@ -17,7 +17,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from druvarpc.compression import Zlib, Zstd
+from druvarpc.compression import Zlib
 from druvarpc.errors import CloseCode, Status
 from druvarpc.protocol import (
     AuthReceived,
@@ -35,6 +35,7 @@ from druvarpc.protocol import (
     State,
     Stream,
 )
+from druvarpc.zstd import Zstd
 
 HANDSHAKE = bytes.fromhex("8b44525556410a01 01 000001 00 00000000000000 90")
 # The defaults of section 4, which are less than this implementation's.
@@ -71,11 +72,12 @@ class Receiver:
     """The core in the role and the state that a vector asks for."""
 
     def __init__(self, vector: dict[str, Any]) -> None:
+        announced = vector.get("compression", 0)
         self.connection = Connection(
             vector["receiver"],
             now=0,
             limits=LIMITS,
-            compression=[one for one in (Zstd(), Zlib()) if one.number & vector.get("compression", 0)],
+            compression=[one for one in (Zstd(), Zlib()) if one.number & announced],
         )
         self.streams: dict[int, Stream] = {}
         self.abandoned: set[int] = set()
