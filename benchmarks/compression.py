@@ -21,7 +21,6 @@ from benchmarks.measure import Load, Stopwatch, noise, until
 from benchmarks.processes import PATIENCE, MeasurementError, first_line
 from benchmarks.tables import byte_rate, ratio, table
 
-DOCS = Path(__file__).parent.parent / "docs"
 SIZES = {"256 B": 256, "4 KiB": 4 << 10, "64 KiB": 64 << 10, "1 MiB": 1 << 20}
 KINDS = ("text", "JSON", "noise")
 # The ways, and what compresses in each.
@@ -35,11 +34,13 @@ WAYS: dict[str, Literal["zlib", "zstd"] | None] = {
 
 
 def corpus(kind: str) -> bytes:
-    """Return what pieces are cut from: pages of docs/, records of a log that is made up, or noise."""
+    """Return what pieces are cut from: Python's library, a log that is made up, or noise."""
     if kind == "noise":
         return noise(2 << 20)
     if kind == "text":
-        return b"".join(path.read_bytes() for path in sorted(DOCS.glob("*.md"))) * 8
+        return b"".join(
+            path.read_bytes() for path in sorted(Path(json.__file__).parents[1].glob("*.py"))
+        )
     chance = random.Random(1)
     records = (
         {

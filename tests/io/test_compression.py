@@ -13,9 +13,9 @@ import trio
 import druvarpc
 from druvarpc.compression import Compression
 from druvarpc.protocol import CallsReceived, Connection, Event, SettingsReceived, Stream
-from druvarpc.protocol.frames import Buffer
+from druvarpc.protocol.frames import Buffer, pack
 from druvarpc.testing import Link, connected
-from tests.io.peers import ROOT, line_of
+from tests.io.peers import ROOT, line_of, settled
 from tests.io.services import Chunk, MemoryVault, Vault
 
 TEXT = b"".join(b"%06d GET /index.html 200\n" % number for number in range(20_000))
@@ -281,8 +281,16 @@ async def drive(
             handle(event)
 
 
-@pytest.mark.parametrize("size", [3000, 30_000], ids=["inline", "as data"])
-async def test_a_client_that_compresses_wrongly_is_thrown_out(size):
+@pytest.mark.parametrize(
+    ("method", "arguments", "item"),
+    [
+        ("Vault.echo", 3000, None),
+        ("Vault.echo", 30_000, None),
+        ("Vault.upload", 0, 3000),
+    ],
+    ids=["inline", "as data", "in a stream"],
+)
+async def test_a_client_that_compresses_wrongly_is_thrown_out(method, arguments, item):
     async with between("zlib", "zlib") as (client, server):
         host, port = server.addresses[0].removeprefix("tcp://").split(":")
         core = Connection("client", now=0.0, compression=[Broken()])
@@ -290,13 +298,18 @@ async def test_a_client_that_compresses_wrongly_is_thrown_out(size):
 
         def handle(event: Event) -> None:
             if isinstance(event, SettingsReceived):
-                core.call(Stream("Vault.echo", b"\xc4" + bytes(size)), 0.0)
+                payload = pack([bytes(arguments)] if arguments else [])
+                call = Stream(method, payload, more=item is not None)
+                core.call(call, 0.0)
+                if item:
+                    core.send(call, bytes(item))
 
         with trio.fail_after(10):
             async with stream:
                 last = await drive(core, stream, handle)
         assert b"compressed" in last
         assert await client.stub(Vault).add(1, 2) == 3, "others aren't harmed"
+        await settled(lambda: not server.statistics().calls_active)
 
 
 @pytest.mark.parametrize("size", [3000, 30_000], ids=["inline", "as data"])
