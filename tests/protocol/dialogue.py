@@ -133,7 +133,9 @@ def answer(script: list[Say], said: bytes, compression: Sequence[Algorithm] = ()
                 result = msgpack.packb(b"r" * say.result)
                 server.reply(stream, 0.0, result, outcome if say.rich else None)
     answered = b"".join(server.data_to_send(0.0, EVERYTHING))
-    return answered.removeprefix(hello(compression)) if compression else answered
+    first = hello(compression)
+    assert answered.startswith(first)
+    return answered[len(first) :] if compression else answered
 
 
 def heard(core: Connection, pieces: list[bytes]) -> list[object]:
