@@ -10,6 +10,7 @@ import trio
 from druvarpc.addresses import parse_address
 from druvarpc.calls import Options
 from druvarpc.club import Club
+from druvarpc.compression import Compression, algorithms_for
 from druvarpc.connections import Connections
 from druvarpc.protocol import Clubbing, Limits, Priority
 from druvarpc.routes import Route
@@ -44,6 +45,7 @@ class Client:
         metadata: Metadata = (),
         priority: Priority = Priority.NORMAL,
         timings: Timings | None = None,
+        compress: bool = True,
     ) -> S:
         """Return an object with the service's methods, each of which calls the server.
 
@@ -55,6 +57,8 @@ class Client:
                 `Statistics.times`; a function is moreover called with the `CallTimes` of each that
                 has been replied to, whatever the status, before its caller goes on. None for what
                 `connect` was told.
+            compress: let what the calls send be compressed, if `connect` was told to; False for
+                data that is compressed already.
 
         Raises:
             TypeError: `service` is no service, or an annotation of it can't be resolved.
@@ -64,6 +68,7 @@ class Client:
             Priority(priority),
             tuple((key, value) for key, value in pairs),
             self._timings if timings is None else timings,
+            compress=compress,
         )
         return make_stub(service, self._connections, options)
 
@@ -114,6 +119,7 @@ async def connect(
     connect_timeout: float = CONNECT_TIMEOUT,
     congestion_control: str | None = None,
     timings: Timings = False,
+    compression: Compression | None = None,
 ) -> AsyncGenerator[Client, None]:
     """Connect to a server for the time of a block.
 
@@ -140,8 +146,12 @@ async def connect(
         congestion_control: of TCP, for what this client sends: one that the system has, such as
             "bbr", "cubic" or "reno" on Linux; None for its default.
         timings: find out where the time of every call goes; see `Client.stub`.
+        compression: how arguments, results and items of streams are compressed, where the server
+            has been told of it too: "zstd", "zlib", or "auto" for the best that both have; None for
+            not at all. What doesn't shrink goes as it is. See docs/compression.md.
 
     Raises:
+        ImportError: zstd is asked for and isn't installed.
         ValueError: the address or the proxy isn't one, or can't be had with the other arguments,
             the number of connections isn't positive, or the system doesn't have that congestion
             control.
@@ -160,6 +170,7 @@ async def connect(
         limits=limits,
         timeout=connect_timeout,
         timings=timings,
+        compression=compression,
     ) as client:
         yield client
 
@@ -174,6 +185,7 @@ async def connect_by(
     limits: Limits = Limits(),
     timeout: float = CONNECT_TIMEOUT,
     timings: Timings = False,
+    compression: Compression | None = None,
 ) -> AsyncGenerator[Client, None]:
     """Be a client on transports that `dial` opens, to `address`; see `connect`.
 
@@ -190,6 +202,7 @@ async def connect_by(
             clubbing=clubbing,
             limits=limits,
             timeout=timeout,
+            compression=algorithms_for(compression),
         )
         await opened.start(trio.current_time())
         yield Client(opened, timings)

@@ -9,6 +9,7 @@ from typing import Final
 import trio
 
 from druvarpc.addresses import Address, parse_address
+from druvarpc.compression import Compression, algorithms_for
 from druvarpc.dispatch import Dispatcher
 from druvarpc.entrance import Entrance
 from druvarpc.errors import CloseCode
@@ -46,7 +47,9 @@ class Server:
         *,
         contexts: Contexts | None = None,
         proxy_protocol: bool = False,
+        compression: Compression | None = None,
     ) -> None:
+        self._compression = algorithms_for(compression)
         self._congestion_control = congestion_control
         self._contexts = contexts
         self._proxy_protocol = proxy_protocol
@@ -131,7 +134,13 @@ class Server:
     async def serve_transport(self, transport: Transport, since: float | None = None) -> None:
         """Serve one connection until it ends; its handshake began at `since`."""
         now = trio.current_time() if since is None else since
-        core = Connection("server", now=now, limits=self._limits, budget=self._memory)
+        core = Connection(
+            "server",
+            now=now,
+            limits=self._limits,
+            budget=self._memory,
+            compression=self._compression,
+        )
         async with trio.open_nursery() as nursery:
             dispatcher = Dispatcher(self._table, core, transport, nursery, self._totals)
             session = dispatcher.session
@@ -180,6 +189,7 @@ async def serve(
     proxy_protocol: bool = False,
     limits: Limits = Limits(),
     congestion_control: str | None = None,
+    compression: Compression | None = None,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled, or until the server has been drained.
@@ -200,9 +210,12 @@ async def serve(
             proxy can reach.
         limits: what each connection, and all together, may use.
         congestion_control: of TCP, for what this server sends; see `connect`.
+        compression: how arguments, results and items of streams are compressed for clients that
+            have been told of it too; see `connect`.
         task_status: reports the `Server`; given by `nursery.start`.
 
     Raises:
+        ImportError: zstd is asked for and isn't installed.
         TypeError: a service is none.
         ValueError: an address isn't one, none is given, `tls` is missing for one or belongs to
             none, two services have the same method, or the system doesn't have that congestion
@@ -221,6 +234,7 @@ async def serve(
         congestion_control,
         contexts=contexts,
         proxy_protocol=proxy_protocol,
+        compression=compression,
     )
     await server.run(parsed, task_status)
 

@@ -19,7 +19,7 @@ LAYERS = (
     "version",
     "errors",
     "protocol.frames",
-    "protocol.buffer",
+    "protocol.buffer protocol.compression",
     "protocol.limits",
     "protocol.times",
     "protocol.concurrency protocol.goodput protocol.liveness protocol.windows protocol.lanes",
@@ -31,6 +31,8 @@ LAYERS = (
     "protocol.caller protocol.callee",
     "protocol.connection",
     "protocol",  # its __init__, which re-exports
+    "zstd",
+    "compression",
     "unions",
     "codec",
     "signatures",
