@@ -3,6 +3,7 @@
 from druvarpc.client import Client, connect
 from druvarpc.club import Club, Part, Reply
 from druvarpc.errors import (
+    CircuitOpen,
     ConnectionLost,
     LocalProtocolError,
     ProtocolError,
@@ -12,6 +13,7 @@ from druvarpc.errors import (
 )
 from druvarpc.handlers import CurrentCall, current_call
 from druvarpc.protocol import Clubbing, Limits, Priority
+from druvarpc.resilience import Balance, Breaker, Outliers, Retry
 from druvarpc.server import Server, serve
 from druvarpc.service import Service, rpc
 from druvarpc.statistics import ClubCount, Statistics
@@ -24,7 +26,10 @@ from druvarpc import testing as testing  # isort: skip
 __version__ = "0.1.0"
 
 __all__ = [
+    "Balance",
+    "Breaker",
     "CallTimes",
+    "CircuitOpen",
     "Client",
     "Club",
     "ClubCount",
@@ -34,11 +39,13 @@ __all__ = [
     "Limits",
     "LocalProtocolError",
     "MethodTimes",
+    "Outliers",
     "Part",
     "Priority",
     "ProtocolError",
     "RemoteProtocolError",
     "Reply",
+    "Retry",
     "RpcError",
     "Server",
     "Service",

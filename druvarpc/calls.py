@@ -26,10 +26,12 @@ from druvarpc.protocol import (
     Reference,
     RepliesReceived,
     Stalled,
+    State,
     Stream,
     Times,
     Writable,
 )
+from druvarpc.resilience import Retry
 from druvarpc.session import Session
 from druvarpc.statistics import Totals
 from druvarpc.timings import CallTimes, Timings, call_times
@@ -39,6 +41,8 @@ logger = logging.getLogger("druvarpc")
 # A server's DEADLINE_EXCEEDED that comes so close to the caller's own deadline, in seconds, is the
 # same event seen from the other side: the caller's scope is left to tell of it.
 _SAME_DEADLINE: Final = 0.05
+# Statuses that say that the server is ill, rather than something of the call.
+_ILL: Final = frozenset({Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.INTERNAL})
 
 
 class Call(Stream):
@@ -143,6 +147,7 @@ class Calls:
     Args:
         session: the connection.
         totals: where to count.
+        on_failure: called when a call fails as with a server that is ill.
 
     Attributes:
         session: the connection.
@@ -150,11 +155,12 @@ class Calls:
         light: how many without weight have been made.
     """
 
-    def __init__(self, session: Session, totals: Totals) -> None:
+    def __init__(self, session: Session, totals: Totals, on_failure: Callable[[], None]) -> None:
         self.session = session
         self.load = 0
         self.light = 0
         self._totals = totals
+        self._on_failure = on_failure
         self._active: dict[Call, None] = {}
         # The task whose reply came last, if it came alone. The next call of such a one goes out at
         # once, as long as no other is under way: who makes one call after the other would only wait
@@ -219,11 +225,13 @@ class Calls:
         """Reset a call if it hasn't ended, and drop what hasn't been read of it."""
         session = self.session
         now = session.now()
+        passed = call.deadline is not None and now >= call.deadline
         if call in self._active:
             self._end(call)
+            if passed:
+                self._on_failure()
         if session.ended:
             return
-        passed = call.deadline is not None and now >= call.deadline
         session.core.reset(call, now, Status.DEADLINE_EXCEEDED if passed else Status.CANCELLED)
         if session.core.wants_to_send:
             session.flush()
@@ -239,7 +247,9 @@ class Calls:
     def fail_all(self) -> None:
         """End all calls, since the connection has ended."""
         for call in list(self._active):
-            self.fail(call, self.session.lost())
+            error = self.session.lost()
+            error.not_started = call.state is State.IDLE  # it hasn't been in a frame
+            self.fail(call, error)
 
     def handle(self, event: Event) -> None:
         """Do what an event of the connection's demands."""
@@ -285,6 +295,9 @@ class Calls:
                 call.outcome = outcome
                 if outcome.status:
                     totals.calls_failed += 1
+                    if outcome.status in _ILL:
+                        totals.calls_ill += 1
+                        self._on_failure()
             if len(replies) == 1:
                 self._lone = call.task
             if call.times is not None:
@@ -368,6 +381,7 @@ class Calls:
         del self._active[call]
         self.load -= call.weight
         self._totals.calls_ended += 1
+        self._totals.calls_given_up += 1
 
 
 class Options:
@@ -377,13 +391,23 @@ class Options:
         lane: their lane.
         metadata: sent with them.
         timed: they ask for their times.
+        retry: which of them are made again, None for none.
+        wait: they wait for a server however long it takes to come back.
     """
 
-    __slots__ = ("_report", "lane", "metadata", "timed")
+    __slots__ = ("_report", "lane", "metadata", "retry", "timed", "wait")
 
     def __init__(
-        self, lane: Priority, metadata: tuple[tuple[str, str | bytes], ...], timings: Timings
+        self,
+        lane: Priority,
+        metadata: tuple[tuple[str, str | bytes], ...],
+        timings: Timings,
+        *,
+        retry: Retry | None = None,
+        wait: bool = False,
     ) -> None:
+        self.retry = retry
+        self.wait = wait
         self.lane = lane
         self.metadata = metadata
         self.timed = timings is not False

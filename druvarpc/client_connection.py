@@ -32,6 +32,8 @@ class ClientConnection:
         transport: its bytes.
         totals: where its calls are counted.
         on_change: called when it takes no more calls.
+        on_failure: called when a call fails as with a server that is ill, or the connection is
+            lost.
 
     Attributes:
         calls: its calls.
@@ -44,11 +46,13 @@ class ClientConnection:
         transport: Transport,
         totals: Totals,
         on_change: Callable[[], None],
+        on_failure: Callable[[], None],
     ) -> None:
         self.session = Session(core, transport, self._handle, self._lose)
-        self.calls = Calls(self.session, totals)
+        self.calls = Calls(self.session, totals, on_failure)
         self._totals = totals
         self._on_change = on_change
+        self._on_failure = on_failure
         self._pongs = trio.lowlevel.ParkingLot()
         self._last_pong = 0
         self._next_ping = -math.inf
@@ -123,6 +127,8 @@ class ClientConnection:
     def _lose(self) -> None:
         """Fail all that waits for the server."""
         self._on_change()
+        if self.session.failure is not None and self._settled.is_set():
+            self._on_failure()
         self.calls.fail_all()
         self._pongs.unpark_all()
         self._settled.set()

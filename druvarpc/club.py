@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from druvarpc.calls import Call, Calls
-from druvarpc.connections import Connections
+from druvarpc.endpoints import Endpoints
 from druvarpc.errors import ConnectionLost, RpcError, Status
 from druvarpc.protocol import Reference
 from druvarpc.protocol.clubs import MAX_PATH, MAX_REFERENCES, call_size
@@ -120,7 +120,7 @@ class Club:
         ended: every reply is settled.
     """
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: Endpoints) -> None:
         self.closed = False
         self.ended = False
         self._connections = connections

@@ -4,11 +4,13 @@ import inspect
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
-from trio.lowlevel import Task, checkpoint_if_cancelled, current_task, wait_task_rescheduled
+from trio.lowlevel import Task, current_task, wait_task_rescheduled
 
 from druvarpc.calls import Call, Options
-from druvarpc.connections import HEAVY, Connections
-from druvarpc.errors import ConnectionLost
+from druvarpc.connections import HEAVY
+from druvarpc.endpoints import Endpoints
+from druvarpc.errors import RpcError
+from druvarpc.retries import Attempts
 from druvarpc.service import Cardinality, Method, Service, methods_of
 from druvarpc.streaming import download, exchange, upload
 
@@ -20,7 +22,7 @@ class StubMethod:
 
     __slots__ = ("connections", "method", "options")
 
-    def __init__(self, connections: Connections, method: Method, options: Options) -> None:
+    def __init__(self, connections: Endpoints, method: Method, options: Options) -> None:
         self.connections = connections
         self.method = method
         self.options = options
@@ -59,20 +61,43 @@ class UnaryMethod(StubMethod):
         task = current_task()
         try:
             call = self.begin(payload, task)
-        except ConnectionLost:
-            # Maybe since what cancels this task has ended the connection a moment before.
-            await checkpoint_if_cancelled()
-            raise
+        except RpcError as error:
+            return await self.repeat(payload, error, sent=False)
         call.task = task
         await wait_task_rescheduled(call.cancelled)
-        return self.decode(call) if call.plain else await self.result(call)
+        if call.plain:
+            return self.decode(call)
+        try:
+            return await self.result(call)
+        except RpcError as error:
+            return await self.repeat(payload, error)
+
+    async def repeat(self, payload: bytes, error: RpcError, *, sent: bool = True) -> Any:
+        """Make a call that failed again, as often as it may be; return the result.
+
+        Args:
+            payload: its arguments.
+            error: how it failed.
+            sent: it had been given to a connection.
+        """
+        attempts = Attempts(
+            self.connections, self.options, idempotent=self.method.idempotent, sent=sent
+        )
+        while True:
+            await attempts.pause(error)
+            try:
+                call = self.begin(payload)
+                attempts.begun()
+                return await self.result(call)
+            except RpcError as again:
+                error = again
 
     def begin(self, payload: bytes, task: Task | None = None) -> Call:
         """Send a call, which `task` is going to wait for, or somebody in another step.
 
         Raises:
-            ConnectionLost: the connection has ended or takes no more calls.
-            RpcError: INVALID_ARGUMENT, the call can't be sent.
+            ConnectionLost: there is no connection that takes calls.
+            RpcError: INVALID_ARGUMENT, the call can't be sent; or calls to the server fail.
         """
         options, connections = self.options, self.connections
         calls = connections.only or connections.choose(len(payload), options.lane)
@@ -107,7 +132,7 @@ def unary_method(method: object, place: str) -> UnaryMethod:
     return method
 
 
-def make_stub(service: type[S], connections: Connections, options: Options) -> S:
+def make_stub(service: type[S], connections: Endpoints, options: Options) -> S:
     """Return a stub of a service that calls over some of `connections`.
 
     Raises:

@@ -97,7 +97,6 @@ async def _results(
     feeding, fed = trio.CancelScope(), trio.Event()
     source: Iterator[Any] | None = None
     if isinstance(arguments, AsyncIterable):
-        flight.stub.connections.check_open()
         flight.stub.connections.nursery.start_soon(_feed, flight, arguments, feeding, fed)
     else:
         source = arguments

@@ -23,7 +23,8 @@ from trio.testing import MockClock
 
 import druvarpc
 from druvarpc.client import Client, connect_by
-from druvarpc.connections import Connections
+from druvarpc.connections import Target, Terms
+from druvarpc.endpoints import Endpoints
 from druvarpc.testing import Link, connected
 from druvarpc.transports import Transport, memory_transports
 from tests.io.services import Chunk, ClosedGate, Gate, MemoryVault, Vault, served
@@ -62,8 +63,12 @@ class Network:
         self._nursery.start_soon(server.serve_transport, far)
         return near
 
-    def connect(self, number: Any, timeout: float = 10) -> AbstractAsyncContextManager[Client]:
-        return connect_by(self.dial, "network", connections=number, timeout=timeout)
+    def connect(
+        self, number: Any, timeout: float = 10, *, reconnect: bool = True
+    ) -> AbstractAsyncContextManager[Client]:
+        return connect_by(
+            self.dial, "network", connections=number, timeout=timeout, reconnect=reconnect
+        )
 
     def lose(self, index: int) -> None:
         """End a connection at the server's end, without a word."""
@@ -220,16 +225,10 @@ async def test_calls_that_have_ended_weigh_nothing(autojump_clock, network):
     gate = ClosedGate()
     there = network(MemoryVault(), gate)
     async with trio.open_nursery() as background:
-        connections = Connections(
-            there.dial,
-            "network",
-            2,
-            background,
-            clubbing=druvarpc.Clubbing(),
-            limits=druvarpc.Limits(),
-            timeout=10,
+        connections = Endpoints(
+            [Target("network", there.dial)], Terms(2, reconnect=False), background
         )
-        await connections.start(now())
+        await connections.start(now(), wait=False)
         client = Client(connections)
         vault, closed = client.stub(Vault), client.stub(Gate)
         with trio.move_on_after(1):
@@ -378,10 +377,11 @@ async def test_a_connection_that_the_server_drains(autojump_clock, network, nurs
 
 @pytest.mark.parametrize("number", [1, 3, "auto"])
 async def test_when_all_are_lost_so_is_the_client(autojump_clock, nursery, number):
+    """If it isn't to reconnect."""
     gate = ClosedGate()
     link = Link(rtt=0.1)
     there = Network(nursery, MemoryVault(), gate, link=link)
-    async with there.connect(number) as client:
+    async with there.connect(number, reconnect=False) as client:
         stub = client.stub(Gate)
         outcomes = Outcomes(nursery)
         for _ in range(6):
@@ -423,7 +423,7 @@ async def test_when_all_are_lost_so_is_the_client(autojump_clock, nursery, numbe
 
 async def test_the_reason_is_that_of_the_last_one_lost(autojump_clock, network):
     there = network(MemoryVault())
-    async with there.connect(3) as client:
+    async with there.connect(3, reconnect=False) as client:
         there.answer = refuse
         there.lose(2)
         await trio.sleep(1)
@@ -907,7 +907,7 @@ async def test_a_client_that_lost_its_connections_while_dialing_is_lost(autojump
     async def slowly() -> None:
         await trio.sleep(2)
 
-    async with there.connect(2) as client:
+    async with there.connect(2, reconnect=False) as client:
         there.answer = slowly
         there.lose(0)
         await trio.sleep(1)

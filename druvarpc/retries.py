@@ -1,0 +1,110 @@
+"""Calls that are made again: whether, and after what pause.
+
+Every cardinality asks `Attempts.pause` when an attempt has failed, and makes another if that
+returns. What was never in a server's hands moves on for nothing: to the connection that is being
+opened, or to another server. What a server was given is another attempt, with a pause, out of the
+retry budget (`druvarpc.resilience`).
+"""
+
+import random
+from typing import Final
+
+import trio
+
+from druvarpc.calls import Options
+from druvarpc.endpoints import Endpoints
+from druvarpc.errors import CircuitOpen, ConnectionLost, RpcError, Status
+
+# Times that a call moves on for nothing: servers that drain one after the other, each as the call
+# comes, aren't met more often than that, and a server that refuses all is soon left alone.
+_MOVES: Final = 16
+
+
+class Attempts:
+    """The attempts of one call.
+
+    Args:
+        endpoints: where it is made.
+        options: those of its stub.
+        idempotent: it may be made again though it may have been begun.
+        sent: the first attempt has been given to a connection.
+    """
+
+    __slots__ = (
+        "_endpoints",
+        "_failed",
+        "_idempotent",
+        "_moved",
+        "_retry",
+        "_sent",
+        "_wait",
+        "made",
+    )
+
+    def __init__(
+        self, endpoints: Endpoints, options: Options, *, idempotent: bool, sent: bool = False
+    ) -> None:
+        self._endpoints = endpoints
+        self._retry = options.retry
+        self._wait = options.wait
+        self._idempotent = idempotent
+        self._failed = 0
+        self._moved = 0
+        self._sent = sent  # once, at least
+        self.made = sent  # this attempt was
+
+    def begun(self) -> None:
+        """Note that an attempt has been given to a connection."""
+        self._endpoints.retried += self._sent
+        self._sent = self.made = True
+
+    async def pause(self, error: RpcError) -> None:
+        """Wait until the next attempt is to begin.
+
+        Args:
+            error: how this one failed.
+
+        Raises:
+            RpcError: `error`, or what keeps the next one from being made.
+        """
+        # Maybe what cancels this task has ended the connection a moment before.
+        await trio.lowlevel.checkpoint_if_cancelled()
+        made, self.made = self.made, False
+        if isinstance(error, CircuitOpen) or self._endpoints.over:
+            raise error
+        if isinstance(error, ConnectionLost) and error.not_started and self._may_move(made):
+            try:
+                await self._endpoints.ready(wait=self._wait)
+                return
+            except ConnectionLost as unready:
+                error = unready
+        await self._back_off(error)
+
+    def _may_move(self, made: bool) -> bool:
+        """Whether the call may go elsewhere at once: no server has begun it."""
+        if made and self._retry is None:
+            return False
+        self._moved += 1
+        return self._moved <= _MOVES
+
+    async def _back_off(self, error: RpcError) -> None:
+        retry = self._retry
+        if retry is None or not self._is_worth(error):
+            raise error
+        self._failed += 1
+        pause = retry.pause(self._failed, random.random(), error.retry_after)
+        if pause is None:
+            raise error
+        if trio.current_time() + pause >= trio.current_effective_deadline():
+            raise error
+        if not self._endpoints.may_retry(retry):
+            raise error
+        await trio.sleep(pause)
+
+    def _is_worth(self, error: RpcError) -> bool:
+        """Whether a call that failed so may be made again, and could fare better."""
+        if error.status is Status.UNAVAILABLE:
+            return error.not_started or self._idempotent
+        if error.status is Status.RESOURCE_EXHAUSTED:
+            return error.not_started or (self._idempotent and error.retry_after is not None)
+        return False
