@@ -113,6 +113,19 @@ class Call(Stream):
         return self.error is not None or (self.outcome is not None and self.outcome.status != 0)
 
     @property
+    def failure(self) -> Exception | None:
+        """Why the call failed, None if it didn't."""
+        outcome = self.outcome
+        if self.error is not None or outcome is None or not outcome.status:
+            return self.error
+        return RpcError(
+            outcome.status,
+            outcome.message,
+            _details(outcome.details),
+            not_started=outcome.not_started,
+        )
+
+    @property
     def plain(self) -> bool:
         """Whether the reply has come, and is nothing but a result."""
         return (
@@ -350,21 +363,16 @@ class Calls:
 
     async def check(self, call: Call) -> None:
         """Raise the error of a call that has failed."""
-        if call.error is not None:
-            raise call.error
-        outcome = call.outcome
-        if outcome is None or not outcome.status:
+        failure = call.failure
+        if failure is None:
             return
+        outcome = call.outcome
         near = call.deadline is not None and call.deadline - self.session.now() < _SAME_DEADLINE
-        if outcome.status == Status.DEADLINE_EXCEEDED and near:
+        late = outcome is not None and outcome.status == Status.DEADLINE_EXCEEDED
+        if call.error is None and near and late:
             assert call.deadline is not None
             await trio.sleep_until(call.deadline)
-        raise RpcError(
-            outcome.status,
-            outcome.message,
-            _details(outcome.details),
-            not_started=outcome.not_started,
-        )
+        raise failure
 
     async def result(self, call: Call) -> bytes:
         """Wait for a unary call; return the payload of its reply."""

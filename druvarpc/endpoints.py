@@ -189,6 +189,15 @@ class Endpoints:
         """Whether no calls can be made any more."""
         return all(one.connections.over for one in self._all)
 
+    def check_open(self) -> None:
+        """See to it that calls can be made, now or later.
+
+        Raises:
+            ConnectionLost: the client is closed, or isn't to reconnect.
+        """
+        if self.over:
+            raise self._all[0].connections.lost()
+
     async def ready(self, *, wait: bool) -> None:
         """Wait for a connection, as long as first attempts at one are under way.
 
@@ -285,11 +294,11 @@ class Endpoints:
 
     # Retries.
 
-    def may_retry(self, retry: Retry) -> bool:
-        """Take one retry from the budget, if there is one left."""
+    def may_retry(self, retry: Retry, calls: int = 1) -> bool:
+        """Take so many retries from the budget, if they are left."""
         now = trio.current_time()
         budget = self._budgets.get(retry)
         if budget is None:
             budget = self._budgets[retry] = RetryBudget(retry.budget, retry.least, now)
         started = sum(one.totals.calls_started for one in self._all)
-        return budget.take(started - self.retried - self.hedged, now)
+        return budget.take(calls, started - self.retried - self.hedged, now)

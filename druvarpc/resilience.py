@@ -205,21 +205,19 @@ class RetryBudget:
                 last time is assumed.
             now: the time.
         """
-        elapsed, fresh = now - self._at, calls - self._calls
+        elapsed, deposit = now - self._at, self._ratio * (calls - self._calls)
         self._at, self._calls = now, calls
-        lost = -math.expm1(-elapsed / BUDGET_SECONDS)
-        rate = self._ratio * fresh / elapsed if elapsed > 0 else 0.0
-        gained = (rate + self._least) * BUDGET_SECONDS * lost if elapsed > 0 else 0.0
-        self._balance += gained - self._balance * lost
-        if elapsed <= 0:
-            self._balance += self._ratio * fresh
+        lost = -math.expm1(-elapsed / BUDGET_SECONDS)  # of each deposit since then
+        if elapsed > 0:
+            deposit = (deposit / elapsed + self._least) * BUDGET_SECONDS * lost
+        self._balance += deposit - self._balance * lost
         return self._balance
 
-    def take(self, calls: int, now: float) -> bool:
-        """Take one retry, if there is one left."""
-        if self.balance(calls, now) < 1:
+    def take(self, retries: int, calls: int, now: float) -> bool:
+        """Take so many retries, if they are left; see `balance`."""
+        if self.balance(calls, now) < retries:
             return False
-        self._balance -= 1
+        self._balance -= retries
         return True
 
 

@@ -58,11 +58,12 @@ class Attempts:
         self._endpoints.retried += self._sent
         self._sent = self.made = True
 
-    async def pause(self, error: RpcError) -> None:
+    async def pause(self, error: RpcError, calls: int = 1) -> None:
         """Wait until the next attempt is to begin.
 
         Args:
             error: how this one failed.
+            calls: how many are made again together.
 
         Raises:
             RpcError: `error`, or what keeps the next one from being made.
@@ -78,7 +79,18 @@ class Attempts:
                 return
             except ConnectionLost as unready:
                 error = unready
-        await self._back_off(error)
+        await self._back_off(error, calls)
+
+    def follows(self, error: RpcError) -> bool:
+        """Whether another attempt may begin now, beside that of another call which has waited."""
+        made, self.made = self.made, False
+        if isinstance(error, ConnectionLost) and error.not_started and self._may_move(made):
+            return True
+        retry = self._retry
+        if retry is None or not may_fare_better(error, idempotent=self._idempotent):
+            return False
+        self._failed += 1
+        return self._failed < retry.attempts and self._endpoints.may_retry(retry)
 
     def _may_move(self, made: bool) -> bool:
         """Whether the call may go elsewhere at once: no server has begun it."""
@@ -87,9 +99,9 @@ class Attempts:
         self._moved += 1
         return self._moved <= _MOVES
 
-    async def _back_off(self, error: RpcError) -> None:
+    async def _back_off(self, error: RpcError, calls: int) -> None:
         retry = self._retry
-        if retry is None or not self._is_worth(error):
+        if retry is None or not may_fare_better(error, idempotent=self._idempotent):
             raise error
         self._failed += 1
         pause = retry.pause(self._failed, random.random(), error.retry_after)
@@ -97,14 +109,15 @@ class Attempts:
             raise error
         if trio.current_time() + pause >= trio.current_effective_deadline():
             raise error
-        if not self._endpoints.may_retry(retry):
+        if not self._endpoints.may_retry(retry, calls):
             raise error
         await trio.sleep(pause)
 
-    def _is_worth(self, error: RpcError) -> bool:
-        """Whether a call that failed so may be made again, and could fare better."""
-        if error.status is Status.UNAVAILABLE:
-            return error.not_started or self._idempotent
-        if error.status is Status.RESOURCE_EXHAUSTED:
-            return error.not_started or (self._idempotent and error.retry_after is not None)
-        return False
+
+def may_fare_better(error: RpcError, *, idempotent: bool) -> bool:
+    """Whether a call that failed so may be made again, and could fare better."""
+    if error.status is Status.UNAVAILABLE:
+        return error.not_started or idempotent
+    if error.status is Status.RESOURCE_EXHAUSTED:
+        return error.not_started or (idempotent and error.retry_after is not None)
+    return False
