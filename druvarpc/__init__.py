@@ -13,7 +13,7 @@ from druvarpc.errors import (
 )
 from druvarpc.handlers import CurrentCall, current_call
 from druvarpc.protocol import Clubbing, Limits, Priority
-from druvarpc.resilience import Balance, Breaker, Outliers, Retry
+from druvarpc.resilience import Balance, Breaker, Hedge, Outliers, Retry
 from druvarpc.server import Server, serve
 from druvarpc.service import Service, rpc
 from druvarpc.statistics import ClubCount, Statistics
@@ -36,6 +36,7 @@ __all__ = [
     "Clubbing",
     "ConnectionLost",
     "CurrentCall",
+    "Hedge",
     "Limits",
     "LocalProtocolError",
     "MethodTimes",

@@ -31,7 +31,7 @@ from druvarpc.protocol import (
     Times,
     Writable,
 )
-from druvarpc.resilience import Retry
+from druvarpc.resilience import Hedge, Retry
 from druvarpc.session import Session
 from druvarpc.statistics import Totals
 from druvarpc.timings import CallTimes, Timings, call_times
@@ -401,9 +401,10 @@ class Options:
         timed: they ask for their times.
         retry: which of them are made again, None for none.
         wait: they wait for a server however long it takes to come back.
+        hedge: when unary ones that are idempotent are made once more, beside; None for never.
     """
 
-    __slots__ = ("_report", "lane", "metadata", "retry", "timed", "wait")
+    __slots__ = ("_report", "hedge", "lane", "metadata", "retry", "timed", "wait")
 
     def __init__(
         self,
@@ -413,7 +414,9 @@ class Options:
         *,
         retry: Retry | None = None,
         wait: bool = False,
+        hedge: Hedge | None = None,
     ) -> None:
+        self.hedge = hedge
         self.retry = retry
         self.wait = wait
         self.lane = lane

@@ -9,10 +9,10 @@ import trio
 
 from druvarpc.calls import Options
 from druvarpc.club import Club
-from druvarpc.connections import Target, Terms
+from druvarpc.dialing import Target, Terms
 from druvarpc.endpoints import Endpoints
 from druvarpc.protocol import Clubbing, Limits, Priority
-from druvarpc.resilience import Balance, Breaker, Outliers, Retry
+from druvarpc.resilience import Balance, Breaker, Hedge, Outliers, Retry
 from druvarpc.service import Service
 from druvarpc.session import quiet_nursery
 from druvarpc.statistics import Statistics
@@ -54,6 +54,7 @@ class Client:
         timings: Timings | None = None,
         retry: Retry | Literal["inherit"] | None = "inherit",
         wait_for_ready: bool | None = None,
+        hedge: Hedge | None = None,
     ) -> S:
         """Return an object with the service's methods, each of which calls the server.
 
@@ -69,9 +70,12 @@ class Client:
                 `connect` was told.
             wait_for_ready: calls wait for a server that is away, as long as their deadline allows;
                 None for what `connect` was told.
+            hedge: when calls of idempotent unary methods are made once more beside the first; not
+                those of clubs and windows.
 
         Raises:
             TypeError: `service` is no service, or an annotation of it can't be resolved.
+            ValueError: `hedge` for a service none of whose methods can be hedged.
         """
         pairs = metadata.items() if isinstance(metadata, Mapping) else metadata
         options = Options(
@@ -80,6 +84,7 @@ class Client:
             self._timings if timings is None else timings,
             retry=self._retry if retry == "inherit" else retry,
             wait=self._wait_for_ready if wait_for_ready is None else wait_for_ready,
+            hedge=hedge,
         )
         return make_stub(service, self._connections, options)
 

@@ -19,21 +19,19 @@ round trip, for 0.2 s out of 10.
 
 import math
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Final
 
 import trio
 
 from druvarpc.calls import Calls
-from druvarpc.client_connection import ClientConnection, no_answer
+from druvarpc.client_connection import ClientConnection
+from druvarpc.dialing import Dialer, Target, Terms
 from druvarpc.errors import ConnectionLost
 from druvarpc.protocol import (
     Budget,
-    Clubbing,
     Connection,
-    Limits,
     Priority,
 )
 from druvarpc.protocol.goodput import ConnectionCount
@@ -56,9 +54,6 @@ _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 30.0
 # Seconds until the next attempt that calls wait for; before a longer pause they fail.
 _PATIENCE: Final = 1.0
-# Connections at once to a server that drains as they come, until that counts as a failure: where
-# several servers share a port, the next one may be another's.
-_DRAINED: Final = 4
 # Calls that the quiet connection has at once: so many small ones at a time are a load themselves,
 # whatever their results weigh.
 _QUIET_CALLS: Final = 16
@@ -68,37 +63,6 @@ _BULK_RATE: Final = 256 * 1024
 _QUIET_TIME: Final = 10.0
 # Seconds between two looks at a client that does nothing.
 _IDLE_LOOK: Final = 1.0
-
-
-class Target(NamedTuple):
-    """A server.
-
-    Attributes:
-        address: where it is, for messages.
-        dial: opens a transport; raises ConnectionLost.
-    """
-
-    address: str
-    dial: Callable[[], Awaitable[Transport]]
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """How the connections of a client are made.
-
-    Attributes:
-        number: how many to each server, or "auto".
-        clubbing: how calls gather.
-        limits: what the client accepts on each.
-        timeout: seconds that opening one may take.
-        reconnect: they are made again when all have ended.
-    """
-
-    number: int | Literal["auto"] = 1
-    clubbing: Clubbing = Clubbing()
-    limits: Limits = Limits()
-    timeout: float = 10.0
-    reconnect: bool = True
 
 
 class Connections:
@@ -138,7 +102,7 @@ class Connections:
         self._targets = targets
         self._terms = terms
         self._nursery = nursery
-        self._budget = budget
+        self._dialer = Dialer(targets, terms, budget)
         self._totals = totals
         self._on_change = on_change
         self._on_failure = on_failure
@@ -253,55 +217,30 @@ class Connections:
         """Return the calls of the connection that has the most room for one that carries much."""
         return min(self._open, key=lambda one: one.calls.load).calls
 
+    def has(self, calls: Calls) -> bool:
+        """Whether these are the calls of one of the connections."""
+        return any(one.calls is calls for one in self._open)
+
+    def apart(self, calls: Calls) -> Calls:
+        """Return the calls of another connection than these, if there is one."""
+        others = [one.calls for one in self._open if one.calls is not calls]
+        return min(others, key=lambda one: one.active, default=self._open[0].calls)
+
     async def _add(self, start: float, *, quiet: bool = False) -> None:
-        """Open a connection to the first server that answers.
+        """Open a connection.
 
         Raises:
             ConnectionLost: that couldn't be done.
         """
-        timeout = self._terms.timeout / len(self._targets)
-        errors: list[ConnectionLost] = []
-        for target in self._targets:
-            try:
-                connection = await self._open_one(target, start, timeout)
-            except ConnectionLost as error:
-                errors.append(error)
-                start = trio.current_time()
-            else:
-                self._take(connection, quiet=quiet)
-                return
-        if len(errors) == 1:
-            raise errors[0]
-        messages = dict.fromkeys(error.message for error in errors)  # each once
-        raise ConnectionLost("; ".join(messages), not_started=True)
+        self._take(await self._dialer.open(start, self._begin), quiet=quiet)
 
-    async def _open_one(self, target: Target, start: float, timeout: float) -> ClientConnection:
-        terms = self._terms
-        for left in range(_DRAINED, 0, -1):
-            transport: Transport | None = None
-            with trio.move_on_at(start + timeout):
-                transport = await target.dial()
-            if transport is None:
-                raise no_answer(target.address, timeout)
-            core = Connection(
-                "client",
-                now=trio.current_time(),
-                limits=terms.limits,
-                clubbing=terms.clubbing,
-                budget=self._budget,
-            )
-            connection = ClientConnection(
-                core, transport, self._totals, self._note_change, self._on_failure
-            )
-            self._running[connection] = None
-            self._nursery.start_soon(self._run, connection)
-            try:
-                await connection.settle(start + timeout, timeout)
-                return connection
-            except ConnectionLost:
-                if not connection.drained or left == 1:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
+    def _begin(self, core: Connection, transport: Transport) -> ClientConnection:
+        connection = ClientConnection(
+            core, transport, self._totals, self._note_change, self._on_failure
+        )
+        self._running[connection] = None
+        self._nursery.start_soon(self._run, connection)
+        return connection
 
     def _take(self, connection: ClientConnection, *, quiet: bool) -> None:
         """Let calls be made on a new connection."""

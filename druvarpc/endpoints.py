@@ -13,7 +13,8 @@ from typing import Final
 import trio
 
 from druvarpc.calls import Calls
-from druvarpc.connections import Connections, Target, Terms
+from druvarpc.connections import Connections
+from druvarpc.dialing import Target, Terms
 from druvarpc.errors import CircuitOpen, RpcError
 from druvarpc.protocol import Budget, Priority
 from druvarpc.resilience import Balance, Breaker, Circuit, Outliers, Retry, RetryBudget
@@ -231,6 +232,19 @@ class Endpoints:
             CircuitOpen: calls fail there.
         """
         return self._next().roomiest()
+
+    def apart(self, calls: Calls, lane: Priority) -> Calls:
+        """Return the calls of another server, else of another connection, else the same.
+
+        Raises:
+            ConnectionLost: there is none.
+            CircuitOpen: calls fail there.
+        """
+        for _ in self._ready:
+            chosen = self._next()
+            if not chosen.has(calls):
+                return chosen.choose(0, lane)
+        return self._next().apart(calls)
 
     def _next(self) -> Connections:
         now = trio.current_time()

@@ -101,9 +101,10 @@ class RpcError(Exception):
         A handler asks for it by `details={"retry_after": seconds}`. What is no such number, or
         negative, is ignored.
         """
-        if not isinstance(self.details, Mapping):
+        details = self.details
+        if not isinstance(details, Mapping):
             return None
-        seconds = cast("Mapping[object, object]", self.details).get(RETRY_AFTER)
+        seconds = cast("Mapping[object, object]", details).get(RETRY_AFTER)
         if isinstance(seconds, bool) or not isinstance(seconds, int | float):
             return None
         try:

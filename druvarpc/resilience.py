@@ -207,10 +207,10 @@ class RetryBudget:
         """
         elapsed, deposit = now - self._at, self._ratio * (calls - self._calls)
         self._at, self._calls = now, calls
-        lost = -math.expm1(-elapsed / BUDGET_SECONDS)  # of each deposit since then
-        if elapsed > 0:
-            deposit = (deposit / elapsed + self._least) * BUDGET_SECONDS * lost
-        self._balance += deposit - self._balance * lost
+        lost = -math.expm1(-elapsed / BUDGET_SECONDS)  # of what was there before
+        # What is left now of deposits that came evenly; of those that came at once, all.
+        left = BUDGET_SECONDS * lost / elapsed if elapsed > 1e-6 else 1.0
+        self._balance += (deposit + self._least * elapsed) * left - self._balance * lost
         return self._balance
 
     def take(self, retries: int, calls: int, now: float) -> bool:

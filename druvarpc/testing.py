@@ -12,7 +12,7 @@ from typing import Literal
 import trio
 
 from druvarpc.client import Client, connect_to
-from druvarpc.connections import Target, Terms
+from druvarpc.dialing import Target, Terms
 from druvarpc.links import Clock, Connection, End, Pipe, Wire
 from druvarpc.protocol import Clubbing, Limits
 from druvarpc.resilience import Breaker, Retry

@@ -41,6 +41,7 @@ LAYERS = (
     "pipe statistics",
     "calls handlers",
     "client_connection",
+    "dialing",
     "connections",
     "endpoints",
     "retries",

@@ -8,7 +8,7 @@ import trio
 
 import druvarpc
 from druvarpc.client import Client, connect_to
-from druvarpc.connections import Target, Terms
+from druvarpc.dialing import Target, Terms
 from druvarpc.testing import Link
 from druvarpc.transports import Transport, memory_transports
 

@@ -22,7 +22,7 @@ from trio.testing import MockClock
 
 import druvarpc
 from druvarpc.client import Client, connect_by
-from druvarpc.connections import Target, Terms
+from druvarpc.dialing import Target, Terms
 from druvarpc.endpoints import Endpoints
 from druvarpc.testing import Link, connected
 from druvarpc.transports import Transport, memory_transports
