@@ -68,6 +68,11 @@ class Endpoint:
         """Whether it is connected."""
         return self.connections.open
 
+    @property
+    def tripped(self) -> bool:
+        """Whether the circuit isn't closed."""
+        return self.circuit is not None and self.circuit.until is not None
+
     def admits(self, now: float) -> bool:
         """Whether calls may be made, as far as the circuit says."""
         totals = self.totals
@@ -119,6 +124,8 @@ class Endpoints:
         self._ready: list[Endpoint] = []  # those that calls are made to
         self._waiting = trio.lowlevel.ParkingLot()  # for one of them
         self._turn = 0
+        self._sole: Connections | None = None  # those to the only server, if it takes calls
+        self._tripped = False  # a circuit isn't closed
         self._budgets: dict[Retry, RetryBudget] = {}
         groups = [targets] if balance is Balance.PICK_FIRST else [[one] for one in targets]
         rule = breaker or (outliers if len(groups) > 1 else None)
@@ -222,7 +229,7 @@ class Endpoints:
             ConnectionLost: there is none.
             CircuitOpen: calls fail there.
         """
-        return self._next().choose(size, lane)
+        return (self._sole or self._next()).choose(size, lane)
 
     def roomiest(self) -> Calls:
         """Return the calls of the connection that has the most room for one that carries much.
@@ -231,7 +238,7 @@ class Endpoints:
             ConnectionLost: there is none.
             CircuitOpen: calls fail there.
         """
-        return self._next().roomiest()
+        return (self._sole or self._next()).roomiest()
 
     def apart(self, calls: Calls, lane: Priority) -> Calls:
         """Return the calls of another server, else of another connection, else the same.
@@ -247,15 +254,14 @@ class Endpoints:
         return self._next().apart(calls)
 
     def _next(self) -> Connections:
-        now = trio.current_time()
-        if any(one.circuit is not None and one.circuit.until is not None for one in self._all):
+        if self._tripped:
             self.note_change()  # a pause may be over
         ready = self._ready
         if not ready:
-            raise self._refusal(now)
+            raise self._refusal(trio.current_time())
         self._turn = (self._turn + 1) % len(ready)
         chosen = ready[self._turn]
-        if chosen.circuit is not None:
+        if self._tripped and chosen.circuit is not None:
             chosen.circuit.let_through(chosen.totals.calls_good, chosen.totals.calls_given_up)
         return chosen.connections
 
@@ -281,11 +287,12 @@ class Endpoints:
     def note_change(self) -> None:
         """Take in which servers are connected, and which are well."""
         self._ready = self._admitted(trio.current_time())
-        self.only = None
-        if len(self._all) == 1:
-            circuit = self._all[0].circuit
-            if circuit is None or circuit.until is None:
-                self.only = self._all[0].connections.only
+        self._tripped = any(one.tripped for one in self._all)
+        if len(self._all) == 1 and not self._tripped:
+            self._sole = self._all[0].connections if self._ready else None
+            self.only = self._all[0].connections.only
+        else:
+            self._sole = self.only = None
         self._waiting.unpark_all()
 
     def failure_rate(self, besides: Endpoint, now: float) -> float:
@@ -299,12 +306,8 @@ class Endpoints:
 
     def may_open(self, endpoint: Endpoint) -> bool:
         """Whether one more server may get no calls."""
-        out = sum(
-            one.circuit is not None and one.circuit.until is not None
-            for one in self._all
-            if one is not endpoint
-        )
-        return out < self._most_out
+        out = [one for one in self._all if one.tripped and one is not endpoint]
+        return len(out) < self._most_out
 
     # Retries.
 

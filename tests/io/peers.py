@@ -42,7 +42,9 @@ async def client_on(
     async def dial() -> Transport:
         return transport
 
-    async with connect_by(dial, "memory", limits=limits, timeout=timeout) as client:
+    async with connect_by(
+        dial, "memory", limits=limits, timeout=timeout, reconnect=False
+    ) as client:
         yield client
 
 
