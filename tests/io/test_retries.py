@@ -14,6 +14,7 @@ import druvarpc
 from druvarpc import Retry, RpcError, Status
 from druvarpc.testing import Link, connected
 from tests.io.networks import Network, Outcomes, refuse
+from tests.io.peers import CancelAt
 from tests.io.services import ClosedGate, Gate, MemoryVault, Vault
 
 now = trio.current_time
@@ -571,3 +572,49 @@ async def test_calls_that_failed_are_not_taken_for_delivered(autojump_clock):
         start = now()
         assert len(await collect(druvarpc.windowed(client.stub(Fickle).get, names))) == 40_000
         assert broken < (now() - start) + 0.7
+
+
+# --- cancelled at every point ---
+
+
+async def all_that_is_made_again(drained: Drained, client: druvarpc.Client) -> None:
+    """Each kind of call, refused by a server that drains, or failed by one that is unavailable."""
+    stub, fickle = client.stub(Vault), client.stub(Fickle)
+    hedged = client.stub(Fickle, hedge=druvarpc.Hedge(0.01))
+    for kind in (
+        partial(stub.add, 1),
+        partial(stub.upload, pieces()),
+        lambda: collect(stub.sync(pieces())),
+        lambda: collect(druvarpc.windowed(stub.add, range(3), ordered=False)),
+        partial(one_club, client),
+    ):
+        drained.drain()
+        await kind()
+        await trio.sleep(10)
+    await fickle.fill(pieces())
+    await collect(fickle.list("x"))
+    await hedged.get("x")
+
+
+async def test_cancelled_before_every_fourth_step(autojump_clock, nursery):
+    steps, completed = 0, False
+    living = None
+    while not completed:
+        steps += 4  # to cancel before each takes too long
+        fickle = MyFickle(*unavailable(2))
+        drained = Drained(nursery, MemoryVault(), fickle)
+        with trio.CancelScope() as scope:
+            async with drained.there.connect() as client:
+                instrument = CancelAt(scope, steps)
+                trio.lowlevel.add_instrument(instrument)
+                try:
+                    await all_that_is_made_again(drained, client)
+                    completed = not scope.cancel_called
+                finally:
+                    trio.lowlevel.remove_instrument(instrument)
+                    assert client.statistics().calls_active == 0
+        await trio.sleep(150)  # until the servers have given up, too
+        if living is None:
+            living = trio.lowlevel.current_statistics().tasks_living
+        assert trio.lowlevel.current_statistics().tasks_living == living
+    assert steps > 100
