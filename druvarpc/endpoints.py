@@ -105,6 +105,7 @@ class Endpoints:
         nursery: where connections run.
         retried: how many calls have been made again.
         hedged: how many copies have been sent.
+        kept: bytes of messages that are kept to be sent again.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Endpoints:
         self.nursery = nursery
         self.retried = 0
         self.hedged = 0
+        self.kept = 0
         self._ready: list[Endpoint] = []  # those that calls are made to
         self._waiting = trio.lowlevel.ParkingLot()  # for one of them
         self._turn = 0

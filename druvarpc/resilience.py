@@ -38,6 +38,8 @@ class Balance(Enum):
 class Retry:
     """Which calls are made again. See docs/resilience.md for what is retried when.
 
+    All calls of a client with the same of these share one budget.
+
     Attributes:
         attempts: calls in all, the first included.
         first_pause: seconds, at most, before the second; doubled for each that follows.

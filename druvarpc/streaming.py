@@ -30,6 +30,8 @@ _WEIGHT: Final = 1024 * 1024
 # can have gone before the server has shown that it began the call; an empty message counts, too.
 _MOST_KEPT: Final = 1024 * 1024
 _MESSAGE_COST: Final = 64
+# The same for all calls of a client together: streams can last for hours.
+_MOST_KEPT_IN_ALL: Final = 64 * 1024 * 1024
 
 
 async def upload(
@@ -90,7 +92,7 @@ async def exchange(
             try:
                 while (message := await sending.pipe.receive()) is not None:
                     begun = True
-                    sending.kept = None
+                    sending.drop()
                     yield method.decode_response(message)
                 await _check_end(sending.call)
                 return
@@ -100,6 +102,7 @@ async def exchange(
                     raise failed from None
             await sending.again(failed)
     finally:
+        sending.finish()
         sending.call.calls.abandon(sending.call)
         stop.cancel()
         with trio.CancelScope(shield=True):
@@ -208,9 +211,15 @@ class _Sending:
 
     def finish(self) -> None:
         """Note that there will be no other attempt."""
-        self.kept = None
+        self.drop()
         self._over = True
         self._begun.set()
+
+    def drop(self) -> None:
+        """Keep nothing any longer."""
+        if self.kept is not None:
+            self.kept = None
+            self._connections.kept -= self._size
 
     async def send_all(self) -> None:
         """Send the caller's items, until the end of them or of the call.
@@ -242,10 +251,17 @@ class _Sending:
 
     def _keep(self, message: Buffer) -> None:
         assert self.kept is not None
+        size = len(message) + _MESSAGE_COST
         self.kept.append(message)
-        self._size += len(message) + _MESSAGE_COST
-        if self._size > _MOST_KEPT:
-            self.kept = None
+        self._size += size
+        self._connections.kept += size
+        begun = self.call.outgoing is not None and self.call.outgoing.granted
+        if (
+            self._size > _MOST_KEPT
+            or self._connections.kept > _MOST_KEPT_IN_ALL
+            or (begun and not self._method.idempotent)
+        ):
+            self.drop()
 
     async def _another(self) -> bool:
         """Wait for the next attempt, which has got all that is kept; False if there is none."""
@@ -296,6 +312,7 @@ class _Uploading:
     async def close(self) -> None:
         """Abandon the call if it hasn't ended."""
         self._sending.call.on_done = None
+        self._sending.finish()
         self._again.cancel()
         if self._done is not None:
             with trio.CancelScope(shield=True):

@@ -87,6 +87,7 @@ class Outgoing:
         window: credit of the stream.
         queued: what the messages that wait take, in bytes; none is so small that it takes nothing.
         ending: nothing more will be queued; END goes out with or behind the last message.
+        granted: credit has come: the peer consumes what was sent.
         blocked: when credit ran out, or when that was last complained of, or None.
         waiting: in the lanes, or kept out of them by lack of credit.
         congested: the owner was told to wait.
@@ -100,6 +101,7 @@ class Outgoing:
         "blocked",
         "congested",
         "ending",
+        "granted",
         "left",
         "messages",
         "offset",
@@ -116,6 +118,7 @@ class Outgoing:
         self.offset = 0
         self.queued = 0
         self.ending = False
+        self.granted = False
         self.blocked: float | None = None
         self._unblocked = 0.0  # seconds of the waits for credit that are over
         self.waiting = False

@@ -2,6 +2,7 @@
 """Calls that are made again: which, when, and how often."""
 
 import math
+import tracemalloc
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from functools import partial
@@ -618,3 +619,33 @@ async def test_cancelled_before_every_fourth_step(autojump_clock, nursery):
             living = trio.lowlevel.current_statistics().tasks_living
         assert trio.lowlevel.current_statistics().tasks_living == living
     assert steps > 100
+
+
+# --- what is kept ---
+
+
+async def test_what_cannot_be_sent_again_is_not_kept(autojump_clock):
+    """Neither what the server has begun and may not begin twice, nor more than the bounds."""
+
+    async def source(count: int, go_on: trio.Event) -> AsyncGenerator[bytes, None]:
+        for _ in range(count):
+            yield bytes(50_000)
+            await trio.testing.wait_all_tasks_blocked()
+        await go_on.wait()
+
+    tracemalloc.start()
+    try:
+        for method, count, kept in (("upload", 15, 0), ("fill", 15, 15), ("fill", 30, 0)):
+            async with connected([MemoryVault(), MyFickle()]) as client:
+                stub = client.stub(Vault) if method == "upload" else client.stub(Fickle)
+                go_on = trio.Event()
+                before, _ = tracemalloc.get_traced_memory()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(getattr(stub, method), source(count, go_on))
+                    await trio.sleep(1)
+                    more = tracemalloc.get_traced_memory()[0] - before
+                    assert kept * 50_000 <= more < (kept + 6) * 50_000
+                    go_on.set()
+                assert tracemalloc.get_traced_memory()[0] - before < 6 * 50_000
+    finally:
+        tracemalloc.stop()
