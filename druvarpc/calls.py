@@ -398,13 +398,23 @@ class Options:
     Attributes:
         lane: their lane.
         metadata: sent with them.
-        timed: they ask for their times.
+        special: they need `apply`, since they ask for their times or aren't compressed.
         retry: which of them are made again, None for none.
         wait: they wait for a server however long it takes to come back.
         hedge: when unary ones that are idempotent are made once more, beside; None for never.
     """
 
-    __slots__ = ("_report", "hedge", "lane", "metadata", "retry", "timed", "wait")
+    __slots__ = (
+        "_compress",
+        "_report",
+        "_timed",
+        "hedge",
+        "lane",
+        "metadata",
+        "retry",
+        "special",
+        "wait",
+    )
 
     def __init__(
         self,
@@ -415,19 +425,24 @@ class Options:
         retry: Retry | None = None,
         wait: bool = False,
         hedge: Hedge | None = None,
+        compress: bool = True,
     ) -> None:
         self.hedge = hedge
         self.retry = retry
         self.wait = wait
         self.lane = lane
         self.metadata = metadata
-        self.timed = timings is not False
+        self._timed = timings is not False
+        self._compress = compress
+        self.special = self._timed or not compress
         self._report = timings if callable(timings) else None
 
-    def time(self, call: Call) -> None:
-        """Let a new call ask for its times."""
-        call.timings = True
-        call.token = self._report
+    def apply(self, call: Call) -> None:
+        """Let a new call ask for its times, or go as it is."""
+        call.compress = self._compress
+        if self._timed:
+            call.timings = True
+            call.token = self._report
 
 
 def _details(details: bytes | None) -> object:

@@ -1,24 +1,28 @@
 """The client: stubs of services, clubs, and the connections that carry them."""
 
+import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
 from typing import Final, Literal, TypeVar
 
 import trio
 
+from druvarpc.addresses import parse_address
 from druvarpc.calls import Options
 from druvarpc.club import Club
+from druvarpc.compression import Compression, algorithms_for
 from druvarpc.dialing import Target, Terms
 from druvarpc.endpoints import Endpoints
 from druvarpc.protocol import Clubbing, Limits, Priority
 from druvarpc.resilience import Balance, Breaker, Hedge, Outliers, Retry
+from druvarpc.routes import Route
 from druvarpc.service import Service
 from druvarpc.session import quiet_nursery
 from druvarpc.statistics import Statistics
 from druvarpc.stubs import make_stub
 from druvarpc.timings import Timings
-from druvarpc.transports import Transport, check_congestion_control, open_transport, parse_address
+from druvarpc.tls import TLS
+from druvarpc.transports import Transport, check_congestion_control
 
 S = TypeVar("S", bound=Service)
 Metadata = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
@@ -55,6 +59,7 @@ class Client:
         retry: Retry | Literal["inherit"] | None = "inherit",
         wait_for_ready: bool | None = None,
         hedge: Hedge | None = None,
+        compress: bool = True,
     ) -> S:
         """Return an object with the service's methods, each of which calls the server.
 
@@ -72,6 +77,8 @@ class Client:
                 None for what `connect` was told.
             hedge: when calls of idempotent unary methods are made once more beside the first; not
                 those of clubs and windows.
+            compress: let what the calls send be compressed, if `connect` was told to; False for
+                data that is compressed already.
 
         Raises:
             TypeError: `service` is no service, or an annotation of it can't be resolved.
@@ -85,6 +92,7 @@ class Client:
             retry=self._retry if retry == "inherit" else retry,
             wait=self._wait_for_ready if wait_for_ready is None else wait_for_ready,
             hedge=hedge,
+            compress=compress,
         )
         return make_stub(service, self._connections, options)
 
@@ -127,6 +135,8 @@ class Client:
 async def connect(
     address: str | Sequence[str],
     *,
+    tls: TLS | ssl.SSLContext | None = None,
+    proxy: str | None = None,
     connections: int | Literal["auto"] = 1,
     balance: Balance = Balance.PICK_FIRST,
     reconnect: bool = True,
@@ -139,6 +149,7 @@ async def connect(
     connect_timeout: float = CONNECT_TIMEOUT,
     congestion_control: str | None = None,
     timings: Timings = False,
+    compression: Compression | None = None,
 ) -> AsyncGenerator[Client, None]:
     """Connect to a server for the time of a block, or to several that do the same.
 
@@ -150,7 +161,14 @@ async def connect(
     wait for raise `ConnectionLost`.
 
     Args:
-        address: "tcp://host:port" or "unix:///path"; or several of them.
+        address: "tcp://host:port", "tls://host:port" or "unix:///path"; or "http://host:port/path"
+            ("https:"), for the same protocol behind an upgrade of HTTP; or several of them.
+        tls: how to encrypt, for tls and https: files, or a context, which is used as it is; None
+            for servers that are certified by whom the system trusts. See `TLS`.
+        proxy: the HTTP proxy to connect by, "http://user:password@host:port"; "" for none; None for
+            that of the environment: for tls and https HTTPS_PROXY, for http http_proxy, else
+            ALL_PROXY, but for the hosts of NO_PROXY. tcp addresses go by a proxy only if it is
+            named here.
         connections: how many to each server; "auto" starts with one, adds more while the goodput
             rises with them, up to eight, and drops those that don't pay. A call stays on the
             connection that it began on.
@@ -170,22 +188,30 @@ async def connect(
         congestion_control: of TCP, for what this client sends: one that the system has, such as
             "bbr", "cubic" or "reno" on Linux; None for its default.
         timings: find out where the time of every call goes; see `Client.stub`.
+        compression: how arguments, results and items of streams are compressed, where the server
+            has been told of it too: "zstd", "zlib", or "auto" for the best that both have; None for
+            not at all. What doesn't shrink goes as it is. See docs/compression.md.
 
     Raises:
-        ValueError: an address isn't one, there is none, the number of connections isn't positive,
-            or the system doesn't have that congestion control.
+        ImportError: zstd is asked for and isn't installed.
+        ValueError: an address or the proxy isn't one, or can't be had with the other arguments,
+            there is no address, the number of connections isn't positive, or the system doesn't
+            have that congestion control.
+        OSError: a file of `tls` can't be used.
         ConnectionLost: no druvarpc server answers there.
     """
     addresses = [address] if isinstance(address, str) else address
     parsed = [parse_address(one) for one in addresses]
     if congestion_control is not None:
         check_congestion_control(congestion_control, parsed)
+    targets = [
+        Target(str(one), Route(one, tls=tls, proxy=proxy, congestion_control=congestion_control))
+        for one in parsed
+    ]
+    algorithms = algorithms_for(compression)
     async with connect_to(
-        [
-            Target(str(one), partial(open_transport, one, congestion_control=congestion_control))
-            for one in parsed
-        ],
-        Terms(connections, clubbing, limits, connect_timeout, reconnect),
+        targets,
+        Terms(connections, clubbing, limits, connect_timeout, reconnect, algorithms),
         balance=balance,
         wait_for_ready=wait_for_ready,
         retry=retry,
@@ -206,12 +232,14 @@ def connect_by(
     timeout: float = CONNECT_TIMEOUT,
     reconnect: bool = True,
     timings: Timings = False,
+    compression: Compression | None = None,
 ) -> AbstractAsyncContextManager[Client]:
     """Be a client on transports that `dial` opens, to `address`; see `connect`.
 
     They are closed in the end. The server must have answered within `timeout` seconds.
     """
-    terms = Terms(connections, clubbing, limits, timeout, reconnect)
+    algorithms = algorithms_for(compression)
+    terms = Terms(connections, clubbing, limits, timeout, reconnect, algorithms)
     return connect_to([Target(address, dial)], terms, timings=timings)
 
 

@@ -149,8 +149,8 @@ class _Entry:
         )
         if self.deadline < math.inf:
             call.deadline = self.deadline
-        if options.timed:
-            options.time(call)
+        if options.special:
+            options.apply(call)
         self.reply.begin(call)
         return call
 

@@ -9,6 +9,7 @@ import trio
 from druvarpc.client_connection import ClientConnection, no_answer
 from druvarpc.errors import ConnectionLost
 from druvarpc.protocol import Budget, Clubbing, Connection, Limits
+from druvarpc.protocol.compression import Algorithm
 from druvarpc.transports import Transport
 
 # Connections at once to a server that drains as they come, until that counts as a failure: where
@@ -38,6 +39,7 @@ class Terms:
         limits: what the client accepts on each.
         timeout: seconds that opening one may take.
         reconnect: they are made again when all have ended.
+        compression: the algorithms for what calls carry, the best first.
     """
 
     number: int | Literal["auto"] = 1
@@ -45,6 +47,7 @@ class Terms:
     limits: Limits = Limits()
     timeout: float = 10.0
     reconnect: bool = True
+    compression: Sequence[Algorithm] = ()
 
 
 # Makes a connection of a core and a transport, and runs it.
@@ -103,6 +106,7 @@ class Dialer:
                 limits=self._terms.limits,
                 clubbing=self._terms.clubbing,
                 budget=self._budget,
+                compression=self._terms.compression,
             )
             connection = begin(core, transport)
             try:

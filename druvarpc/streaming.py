@@ -127,8 +127,8 @@ async def _open(
             )
             call.weight = _WEIGHT
             call.pipe = pipe = Pipe(calls.session, call)
-            if options.timed:
-                options.time(call)
+            if options.special:
+                options.apply(call)
             calls.submit(call)
         except RpcError as error:
             failed = error

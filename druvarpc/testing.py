@@ -12,6 +12,7 @@ from typing import Literal
 import trio
 
 from druvarpc.client import Client, connect_to
+from druvarpc.compression import Compression, algorithms_for
 from druvarpc.dialing import Target, Terms
 from druvarpc.links import Clock, Connection, End, Pipe, Wire
 from druvarpc.protocol import Clubbing, Limits
@@ -165,6 +166,7 @@ async def connected(
     retry: Retry | None = Retry(),
     breaker: Breaker | None = None,
     timings: Timings = False,
+    compression: Compression | None = None,
 ) -> AsyncGenerator[Client, None]:
     """Yield a client of a server that offers `services`, both in this process.
 
@@ -183,8 +185,9 @@ async def connected(
         retry: which calls are made again.
         breaker: when calls aren't made.
         timings: find out where the time of every call goes; see `Client.stub`.
+        compression: how both compress what calls carry; see `connect`.
     """
-    server = Server(services, server_limits)
+    server = Server(services, server_limits, compression=compression)
     async with quiet_nursery() as nursery:
 
         async def dial() -> Transport:
@@ -194,7 +197,13 @@ async def connected(
 
         async with connect_to(
             [Target("memory", dial)],
-            Terms(connections, clubbing, limits, reconnect=reconnect),
+            Terms(
+                connections,
+                clubbing,
+                limits,
+                reconnect=reconnect,
+                compression=algorithms_for(compression),
+            ),
             wait_for_ready=wait_for_ready,
             retry=retry,
             breaker=breaker,
