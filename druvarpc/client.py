@@ -1,15 +1,17 @@
 """The client: stubs of services, clubs, and the connections that carry them."""
 
+import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
 from typing import Final, Literal, TypeVar
 
 import trio
 
+from druvarpc.addresses import parse_address
 from druvarpc.calls import Options
 from druvarpc.club import Club
 from druvarpc.connections import Target, Terms
+from druvarpc.dialing import Dialer
 from druvarpc.endpoints import Endpoints
 from druvarpc.protocol import Clubbing, Limits, Priority
 from druvarpc.resilience import Balance, Breaker, Outliers, Retry
@@ -18,7 +20,8 @@ from druvarpc.session import quiet_nursery
 from druvarpc.statistics import Statistics
 from druvarpc.stubs import make_stub
 from druvarpc.timings import Timings
-from druvarpc.transports import Transport, check_congestion_control, open_transport, parse_address
+from druvarpc.tls import TLS
+from druvarpc.transports import Transport, check_congestion_control
 
 S = TypeVar("S", bound=Service)
 Metadata = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
@@ -122,6 +125,8 @@ class Client:
 async def connect(
     address: str | Sequence[str],
     *,
+    tls: TLS | ssl.SSLContext | None = None,
+    proxy: str | None = None,
     connections: int | Literal["auto"] = 1,
     balance: Balance = Balance.PICK_FIRST,
     reconnect: bool = True,
@@ -145,7 +150,14 @@ async def connect(
     wait for raise `ConnectionLost`.
 
     Args:
-        address: "tcp://host:port" or "unix:///path"; or several of them.
+        address: "tcp://host:port", "tls://host:port" or "unix:///path"; or "http://host:port/path"
+            ("https:"), for the same protocol behind an upgrade of HTTP; or several of them.
+        tls: how to encrypt, for tls and https: files, or a context, which is used as it is; None
+            for servers that are certified by whom the system trusts. See `TLS`.
+        proxy: the HTTP proxy to connect by, "http://user:password@host:port"; "" for none; None for
+            that of the environment: for tls and https HTTPS_PROXY, for http http_proxy, else
+            ALL_PROXY, but for the hosts of NO_PROXY. tcp addresses go by a proxy only if it is
+            named here.
         connections: how many to each server; "auto" starts with one, adds more while the goodput
             rises with them, up to eight, and drops those that don't pay. A call stays on the
             connection that it began on.
@@ -167,8 +179,10 @@ async def connect(
         timings: find out where the time of every call goes; see `Client.stub`.
 
     Raises:
-        ValueError: an address isn't one, there is none, the number of connections isn't positive,
-            or the system doesn't have that congestion control.
+        ValueError: an address or the proxy isn't one, or can't be had with the other arguments,
+            there is none, the number of connections isn't positive, or the system doesn't have
+            that congestion control.
+        OSError: a file of `tls` can't be used.
         ConnectionLost: no druvarpc server answers there.
     """
     addresses = [address] if isinstance(address, str) else address
@@ -177,7 +191,10 @@ async def connect(
         check_congestion_control(congestion_control, parsed)
     async with connect_to(
         [
-            Target(str(one), partial(open_transport, one, congestion_control=congestion_control))
+            Target(
+                str(one),
+                Dialer(one, tls=tls, proxy=proxy, congestion_control=congestion_control),
+            )
             for one in parsed
         ],
         Terms(connections, clubbing, limits, connect_timeout, reconnect),

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 # The modules of druvarpc, highest layer first. What stands lower may import what stands above it.
 # Modules on one line know nothing of each other. A new module needs its name here, nothing more.
 LAYERS = (
+    "version",
     "errors",
     "protocol.frames",
     "protocol.buffer",
@@ -34,7 +35,8 @@ LAYERS = (
     "codec",
     "signatures",
     "service",
-    "tcp",
+    "addresses",
+    "tcp peers proxies proxy_protocol",
     "transports",
     "session",
     "timings resilience",
@@ -48,8 +50,9 @@ LAYERS = (
     "stubs dispatch",
     "club flight",
     "windowed",
+    "tls http",
+    "dialing entrance",
     "client server",
-    "http",
     "links",
     "testing",
     "cli",
