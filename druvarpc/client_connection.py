@@ -65,6 +65,11 @@ class ClientConnection:
         """Whether calls can be made on it."""
         return not self.session.ended and self.session.core.accepts_calls
 
+    @property
+    def drained(self) -> bool:
+        """Whether it takes no calls, though nothing is wrong with it."""
+        return self.session.failure is None and not self.session.core.accepts_calls
+
     async def run(self) -> None:
         """Serve the connection until it ends."""
         try:
@@ -89,7 +94,7 @@ class ClientConnection:
             with trio.move_on_at(deadline):
                 await self._settled.wait()
             peer = self.session.transport.peer
-            if self.session.ended:
+            if self.session.ended or self.drained:
                 reason = self.session.lost().message
                 raise ConnectionLost(f"can't connect to {peer}: {reason}", not_started=True)
             if not self._settled.is_set():

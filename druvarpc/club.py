@@ -227,6 +227,8 @@ class Club:
         try:
             while entries:
                 sent = self._try_to_submit(entries)
+                if sent and attempts is not None:
+                    attempts.begun(len(entries))
                 for entry in entries:
                     await entry.reply.settle()
                 entries = self._to_repeat()

@@ -185,6 +185,7 @@ class Connections:
         self._closed = True
         self._keeping.cancel()
         self._dialing.cancel()
+        self._on_change()  # who waits for a connection waits in vain
         async with trio.open_nursery() as nursery:
             for connection in self._running:
                 nursery.start_soon(connection.close)
@@ -276,7 +277,7 @@ class Connections:
 
     async def _open_one(self, target: Target, start: float, timeout: float) -> ClientConnection:
         terms = self._terms
-        for _ in range(_DRAINED):
+        for left in range(_DRAINED, 0, -1):
             transport: Transport | None = None
             with trio.move_on_at(start + timeout):
                 transport = await target.dial()
@@ -294,14 +295,13 @@ class Connections:
             )
             self._running[connection] = None
             self._nursery.start_soon(self._run, connection)
-            await connection.settle(start + timeout, timeout)
-            if connection.accepts_calls:
+            try:
+                await connection.settle(start + timeout, timeout)
                 return connection
-            error = connection.session.lost()
-            error.not_started = True
-            if connection.session.failure is not None:
-                break
-        raise error
+            except ConnectionLost:
+                if not connection.drained or left == 1:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
 
     def _take(self, connection: ClientConnection, *, quiet: bool) -> None:
         """Let calls be made on a new connection."""

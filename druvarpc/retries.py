@@ -53,9 +53,9 @@ class Attempts:
         self._sent = sent  # once, at least
         self.made = sent  # this attempt was
 
-    def begun(self) -> None:
-        """Note that an attempt has been given to a connection."""
-        self._endpoints.retried += self._sent
+    def begun(self, calls: int = 1) -> None:
+        """Note that an attempt has been given to a connection, or those of several calls."""
+        self._endpoints.retried += calls if self._sent else 0
         self._sent = self.made = True
 
     async def pause(self, error: RpcError, calls: int = 1) -> None:
@@ -68,10 +68,11 @@ class Attempts:
         Raises:
             RpcError: `error`, or what keeps the next one from being made.
         """
-        # Maybe what cancels this task has ended the connection a moment before.
-        await trio.lowlevel.checkpoint_if_cancelled()
+        # Maybe what cancels this task has ended the connection a moment before. And who calls again
+        # and again what fails at once shall not keep others from running.
+        await trio.lowlevel.checkpoint()
         made, self.made = self.made, False
-        if isinstance(error, CircuitOpen) or self._endpoints.over:
+        if isinstance(error, CircuitOpen):
             raise error
         if isinstance(error, ConnectionLost) and error.not_started and self._may_move(made):
             try:
@@ -102,6 +103,8 @@ class Attempts:
     async def _back_off(self, error: RpcError, calls: int) -> None:
         retry = self._retry
         if retry is None or not may_fare_better(error, idempotent=self._idempotent):
+            raise error
+        if self._endpoints.over:
             raise error
         self._failed += 1
         pause = retry.pause(self._failed, random.random(), error.retry_after)

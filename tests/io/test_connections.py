@@ -6,9 +6,8 @@ On simulated links, by their own clock; at the end of the file over real sockets
 import gc
 import os
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import (
-    AbstractAsyncContextManager,
     AsyncExitStack,
     aclosing,
     asynccontextmanager,
@@ -27,6 +26,7 @@ from druvarpc.connections import Target, Terms
 from druvarpc.endpoints import Endpoints
 from druvarpc.testing import Link, connected
 from druvarpc.transports import Transport, memory_transports
+from tests.io.networks import Network, Outcomes, refuse
 from tests.io.services import Chunk, ClosedGate, Gate, MemoryVault, Vault, served
 
 KB, MB = 1000, 1000 * 1000
@@ -34,81 +34,9 @@ BULK = druvarpc.Priority.BULK
 now = trio.current_time
 
 
-class Network:
-    """Where a client finds a server of its own at the end of each connection.
-
-    Attributes:
-        servers: one for each connection, in the order in which they were made.
-        ends: of each connection, the client's first.
-        dials: when the client tried to make one.
-        answer: what becomes of an attempt.
-    """
-
-    def __init__(self, nursery: trio.Nursery, *services: Any, link: Link | None = None) -> None:
-        self.servers: list[druvarpc.Server] = []
-        self.ends: list[tuple[Transport, Transport]] = []
-        self.dials: list[float] = []
-        self.answer: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
-        self._nursery = nursery
-        self._services = services
-        self._link = link
-
-    async def dial(self) -> Transport:
-        self.dials.append(now())
-        await self.answer()
-        near, far = self._link.connect() if self._link else memory_transports()
-        server = druvarpc.Server(self._services, druvarpc.Limits())
-        self.ends.append((near, far))
-        self.servers.append(server)
-        self._nursery.start_soon(server.serve_transport, far)
-        return near
-
-    def connect(
-        self, number: Any, timeout: float = 10, *, reconnect: bool = True
-    ) -> AbstractAsyncContextManager[Client]:
-        return connect_by(
-            self.dial, "network", connections=number, timeout=timeout, reconnect=reconnect
-        )
-
-    def lose(self, index: int) -> None:
-        """End a connection at the server's end, without a word."""
-        self.ends[index][1].close()
-
-    @property
-    def calls(self) -> list[int]:
-        """Calls that each server has begun, in the order of connections."""
-        return [server.statistics().calls_started for server in self.servers]
-
-    @property
-    def active(self) -> list[int]:
-        return [server.statistics().calls_active for server in self.servers]
-
-
-async def refuse() -> None:
-    raise druvarpc.ConnectionLost("can't connect to network: refused", not_started=True)
-
-
 @pytest.fixture
 def network(nursery: trio.Nursery) -> Callable[..., Network]:
     return partial(Network, nursery)
-
-
-class Outcomes:
-    """What calls of other tasks came to."""
-
-    def __init__(self, nursery: trio.Nursery) -> None:
-        self.results: list[Any] = []
-        self.errors: list[druvarpc.RpcError] = []
-        self._nursery = nursery
-
-    def start(self, call: Callable[..., Awaitable[Any]], *args: Any) -> None:
-        self._nursery.start_soon(self._note, call, args)
-
-    async def _note(self, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:
-        try:
-            self.results.append(await call(*args))
-        except druvarpc.RpcError as error:
-            self.errors.append(error)
 
 
 async def read(items: AsyncGenerator[Any, None]) -> int:
