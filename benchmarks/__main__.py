@@ -24,6 +24,8 @@ QUESTIONS = (
     "many_connections",
     "connecting",
     "memory",
+    "transports",
+    "transports_bulk",
     "core",
 )
 

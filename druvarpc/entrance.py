@@ -8,6 +8,7 @@ All of this has the time of a handshake.
 """
 
 import logging
+from contextlib import suppress
 
 import trio
 
@@ -76,8 +77,7 @@ class Entrance:
             if self._contexts is not None:
                 if not await self._wants_tls(connected):
                     return None
-                transport = TLSTransport(connected, self._contexts.current(), "server")
-                await transport.handshake()
+                transport = await _secure(connected, self._contexts)
             ready = True
             first = await transport.receive()
             transport.unread(first)
@@ -105,6 +105,17 @@ class Entrance:
             core.release()
             await part(connected)
         return False
+
+
+async def _secure(connected: SocketTransport, contexts: Contexts) -> TLSTransport:
+    secured = TLSTransport(connected, contexts.current(), "server")
+    try:
+        await secured.handshake()
+    except trio.BrokenResourceError:
+        with suppress(trio.BrokenResourceError):
+            await part(connected)  # let the client read why
+        raise
+    return secured
 
 
 def _is_http(first: bytes) -> bool:

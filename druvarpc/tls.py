@@ -291,10 +291,11 @@ class TLSTransport:
 
     def _decrypt(self) -> bytes:
         """Return what the records that have come hold, and note their end."""
-        read = self._secured.read
+        read, incoming = self._secured.read, self._incoming
         records: list[bytes] = []
         try:
-            while True:
+            # OpenSSL takes from the buffer what a record needs; of an empty one nothing is left.
+            while incoming.pending or incoming.eof:
                 data = read(RECORD)
                 if not data:
                     self._ended = True
@@ -327,6 +328,9 @@ class TLSTransport:
         """See `Transport`."""
         if self._unsent and not self._flush():
             return buffers or _NOTHING
+        if sum(map(len, buffers)) <= RECORD:
+            self._write(b"".join(buffers))
+            return () if self._flush() else _NOTHING
         rest = buffers
         while rest:
             rest = self._encrypt(rest)

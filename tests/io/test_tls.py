@@ -4,7 +4,6 @@ import logging
 import shutil
 import socket
 import ssl
-import subprocess
 from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -34,13 +33,9 @@ from tests.io.peers import (
     send_all,
     serving,
 )
+from tests.io.programs import free_ports, needs, running
 
 ADDRESS = "tls://127.0.0.1:0"
-
-
-@pytest.fixture(scope="module")
-def ca(tmp_path_factory) -> Authority:
-    return authority(tmp_path_factory.mktemp("tls"))
 
 
 async def answers(address: str, **options) -> bool:
@@ -524,11 +519,8 @@ async def test_silence_after_the_handshake_is_answered_in_the_protocol(ca):
 
 # --- openssl ---
 
-openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here")
 
-
-@openssl
-@pytest.mark.once
+@needs("openssl")
 async def test_openssl_as_a_client(ca):
     async with serving(Workshop(), ADDRESS, tls=ca.server()) as server:
         for alpn in ("druvarpc/1", "http/1.1", "h2"):
@@ -549,23 +541,11 @@ async def test_openssl_as_a_client(ca):
             assert told in output
 
 
-@openssl
-@pytest.mark.once
-async def test_openssl_as_a_server(ca):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    certificate = str(ca.certify("127.0.0.1"))
+@needs("openssl")
+async def test_openssl_as_a_server(ca, tmp_path):
+    (port,) = free_ports(1)
+    certificate = ca.certify("127.0.0.1")
     arguments = ["-accept", f"127.0.0.1:{port}", "-cert", certificate, "-key", certificate, "-www"]
-    started = await trio.lowlevel.open_process(
-        ["openssl", "s_server", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    try:
-        with trio.fail_after(10):
-            assert b"ACCEPT" in await started.stdout.receive_some(1000)
+    async with running("openssl", "s_server", *arguments, ports=[port], log=tmp_path / "log"):
         message = await refused(f"https://127.0.0.1:{port}", tls=ca.client())
         assert "answered 200 ok to the upgrade" in message
-    finally:
-        started.kill()
-        await started.wait()
-        await started.stdout.aclose()

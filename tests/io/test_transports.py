@@ -1,3 +1,4 @@
+import os
 import socket
 import stat
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ import trio
 import druvarpc
 from druvarpc.addresses import Address, parse_address
 from druvarpc.protocol.frames import PREFACE
-from druvarpc.transports import accepted_transport, memory_transports
+from druvarpc.transports import accepted_transport, memory_transports, open_transport
 from tests.io.peers import (
     TCP,
     RawPeer,
@@ -217,6 +218,20 @@ async def test_a_server_that_ends_slowly_leaves_the_socket_of_its_successor_alon
                 slow.release.set()
                 await trio.testing.wait_all_tasks_blocked()
                 assert await answers(address)
+
+
+async def test_the_kernel_vouches_for_who_connects(tmp_path):
+    ends = [accepted_transport(trio.SocketStream(end)) for end in trio.socket.socketpair()]
+    for transport in ends:
+        assert transport.who == druvarpc.Peer(
+            "unix://",
+            credentials=druvarpc.UnixCredentials(os.getpid(), os.getuid(), os.getgid()),
+        )
+        transport.close()
+    async with serving(Workshop()) as server:
+        transport = await open_transport(parse_address(server.addresses[0]))
+        assert transport.who == druvarpc.Peer(server.addresses[0])
+        transport.close()
 
 
 # --- connecting ---
