@@ -7,7 +7,8 @@ are in `druvarpc.streaming`.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Final
 
 import msgspec
@@ -16,10 +17,12 @@ from trio.lowlevel import Abort, RaiseCancelT, Task, reschedule
 
 from druvarpc.codec import printable
 from druvarpc.errors import ConnectionLost, LocalProtocolError, RpcError, Status
+from druvarpc.outgoing import ClientInterceptor
 from druvarpc.pipe import Pipe
 from druvarpc.protocol import (
     Event,
     GoAwayReceived,
+    MetadataReceived,
     Outcome,
     Priority,
     Readable,
@@ -31,6 +34,8 @@ from druvarpc.protocol import (
     Times,
     Writable,
 )
+from druvarpc.protocol.frames import Metadata
+from druvarpc.replies import collecting
 from druvarpc.resilience import Retry
 from druvarpc.session import Session
 from druvarpc.statistics import Totals
@@ -57,6 +62,7 @@ class Call(Stream):
         error: why the call failed here.
         pipe: the data of a streaming call.
         on_done: called when the call is done.
+        metadata_ahead: what the server sent ahead of the reply.
         weight: what it counts for where connections are compared: the bytes of its data, as far as
             they are known.
     """
@@ -65,6 +71,7 @@ class Call(Stream):
         "calls",
         "done",
         "error",
+        "metadata_ahead",
         "on_done",
         "outcome",
         "pipe",
@@ -105,6 +112,7 @@ class Call(Stream):
         self.error: Exception | None = None
         self.pipe: Pipe | None = None
         self.on_done: Callable[[], None] | None = None
+        self.metadata_ahead: Metadata = ()
         self.weight = 0
 
     @property
@@ -123,6 +131,7 @@ class Call(Stream):
             outcome.message,
             _details(outcome.details),
             not_started=outcome.not_started,
+            trailers=dict(outcome.trailers),
         )
 
     @property
@@ -282,6 +291,9 @@ class Calls:
                 self.fail(stream, ConnectionLost(self.session.reason, not_started=True))
             if event.code:
                 self.session.fail(f"the server closed the connection: {message}")
+        elif isinstance(event, MetadataReceived):
+            assert isinstance(event.stream, Call)
+            event.stream.metadata_ahead = event.metadata
         elif isinstance(event, Stalled):
             assert isinstance(event.stream, Call)
             self.fail(
@@ -401,9 +413,10 @@ class Options:
         timed: they ask for their times.
         retry: which of them are made again, None for none.
         wait: they wait for a server however long it takes to come back.
+        interceptors: run around them, the first outermost.
     """
 
-    __slots__ = ("_report", "lane", "metadata", "retry", "timed", "wait")
+    __slots__ = ("_report", "interceptors", "lane", "metadata", "retry", "timed", "wait")
 
     def __init__(
         self,
@@ -413,7 +426,9 @@ class Options:
         *,
         retry: Retry | None = None,
         wait: bool = False,
+        interceptors: Sequence[ClientInterceptor] = (),
     ) -> None:
+        self.interceptors = interceptors
         self.retry = retry
         self.wait = wait
         self.lane = lane
@@ -421,10 +436,32 @@ class Options:
         self.timed = timings is not False
         self._report = timings if callable(timings) else None
 
+    def within(self, metadata: Mapping[str, str | bytes]) -> "Options":
+        """Return the options of the calls within the interceptors, which left `metadata`."""
+        options = copy(self)
+        options.metadata = tuple(metadata.items())
+        options.interceptors = ()
+        return options
+
     def time(self, call: Call) -> None:
         """Let a new call ask for its times."""
         call.timings = True
         call.token = self._report
+
+
+def note_metadata(call: Call) -> None:
+    """Give what came ahead of a reply to the block of `reply_metadata` that this runs in."""
+    found = collecting.get()
+    if found is not None:
+        found.note(call.metadata_ahead)
+
+
+def note_reply(call: Call) -> None:
+    """Give it what came with the reply, too."""
+    found = collecting.get()
+    if found is not None:
+        trailers = () if call.outcome is None else call.outcome.trailers
+        found.note(call.metadata_ahead, trailers)
 
 
 def _details(details: bytes | None) -> object:

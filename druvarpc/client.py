@@ -3,6 +3,7 @@
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import Final, Literal, TypeVar
 
 import trio
@@ -13,6 +14,7 @@ from druvarpc.club import Club
 from druvarpc.connections import Target, Terms
 from druvarpc.dialing import Dialer
 from druvarpc.endpoints import Endpoints
+from druvarpc.outgoing import ClientInterceptor
 from druvarpc.protocol import Clubbing, Limits, Priority
 from druvarpc.resilience import Balance, Breaker, Outliers, Retry
 from druvarpc.service import Service
@@ -21,6 +23,7 @@ from druvarpc.statistics import Statistics
 from druvarpc.stubs import make_stub
 from druvarpc.timings import Timings
 from druvarpc.tls import TLS
+from druvarpc.tokens import Tokens, TokenSource
 from druvarpc.transports import Transport, check_congestion_control
 
 S = TypeVar("S", bound=Service)
@@ -42,11 +45,13 @@ class Client:
         *,
         retry: Retry | None = Retry(),
         wait_for_ready: bool = False,
+        interceptors: Sequence[ClientInterceptor] = (),
     ) -> None:
         self._connections = connections
         self._timings: Timings = timings
         self._retry = retry
         self._wait_for_ready = wait_for_ready
+        self._interceptors = tuple(interceptors)
 
     def stub(
         self,
@@ -57,6 +62,7 @@ class Client:
         timings: Timings | None = None,
         retry: Retry | Literal["inherit"] | None = "inherit",
         wait_for_ready: bool | None = None,
+        interceptors: Sequence[ClientInterceptor] = (),
     ) -> S:
         """Return an object with the service's methods, each of which calls the server.
 
@@ -72,6 +78,7 @@ class Client:
                 `connect` was told.
             wait_for_ready: calls wait for a server that is away, as long as their deadline allows;
                 None for what `connect` was told.
+            interceptors: run around every call, within those of `connect`, the first outermost.
 
         Raises:
             TypeError: `service` is no service, or an annotation of it can't be resolved.
@@ -83,6 +90,7 @@ class Client:
             self._timings if timings is None else timings,
             retry=self._retry if retry == "inherit" else retry,
             wait=self._wait_for_ready if wait_for_ready is None else wait_for_ready,
+            interceptors=(*self._interceptors, *interceptors),
         )
         return make_stub(service, self._connections, options)
 
@@ -139,6 +147,8 @@ async def connect(
     connect_timeout: float = CONNECT_TIMEOUT,
     congestion_control: str | None = None,
     timings: Timings = False,
+    token: TokenSource | None = None,
+    interceptors: Sequence[ClientInterceptor] = (),
 ) -> AsyncGenerator[Client, None]:
     """Connect to a server for the time of a block, or to several that do the same.
 
@@ -177,6 +187,13 @@ async def connect(
         congestion_control: of TCP, for what this client sends: one that the system has, such as
             "bbr", "cubic" or "reno" on Linux; None for its default.
         timings: find out where the time of every call goes; see `Client.stub`.
+        token: who the client says it is, for the server's `authenticate`: a token, or a function,
+            `async` or not, that returns one, or a `Token` that expires. Every connection sends it
+            before its first call. The function is called again ahead of the expiry, and when the
+            server refuses a call as UNAUTHENTICATED; the call is then made once more. Over
+            "tcp://" it travels unencrypted.
+        interceptors: `async def interceptor(call: OutgoingCall, proceed)`, run around every call,
+            the first outermost.
 
     Raises:
         ValueError: an address or the proxy isn't one, or can't be had with the other arguments,
@@ -204,6 +221,8 @@ async def connect(
         breaker=breaker,
         outliers=outliers,
         timings=timings,
+        token=token,
+        interceptors=interceptors,
     ) as client:
         yield client
 
@@ -238,6 +257,8 @@ async def connect_to(
     breaker: Breaker | None = None,
     outliers: Outliers | None = Outliers(),
     timings: Timings = False,
+    token: TokenSource | None = None,
+    interceptors: Sequence[ClientInterceptor] = (),
 ) -> AsyncGenerator[Client, None]:
     """Be a client of servers; see `connect`."""
     number = terms.number
@@ -246,10 +267,20 @@ async def connect_to(
     if not targets:
         raise ValueError("no address")
     async with quiet_nursery() as nursery:
+        if token is not None:
+            tokens = Tokens(token, terms.timeout)
+            terms = replace(terms, tokens=tokens)
+            nursery.start_soon(tokens.run)
         endpoints = Endpoints(
             targets, terms, nursery, balance=balance, breaker=breaker, outliers=outliers
         )
         await endpoints.start(trio.current_time(), wait=wait_for_ready)
-        yield Client(endpoints, timings, retry=retry, wait_for_ready=wait_for_ready)
+        yield Client(
+            endpoints,
+            timings,
+            retry=retry,
+            wait_for_ready=wait_for_ready,
+            interceptors=interceptors,
+        )
         await endpoints.close()
         nursery.cancel_scope.cancel()

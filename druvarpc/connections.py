@@ -17,6 +17,7 @@ the connection: a lost packet of bulk's holds it up, and so does BBR when it sto
 round trip, for 0.2 s out of 10.
 """
 
+import logging
 import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
@@ -28,7 +29,7 @@ import trio
 
 from druvarpc.calls import Calls
 from druvarpc.client_connection import ClientConnection, no_answer
-from druvarpc.errors import ConnectionLost
+from druvarpc.errors import ConnectionLost, RpcError
 from druvarpc.protocol import (
     Budget,
     Clubbing,
@@ -40,7 +41,10 @@ from druvarpc.protocol.goodput import ConnectionCount
 from druvarpc.resilience import Backoff
 from druvarpc.session import Session
 from druvarpc.statistics import Totals
+from druvarpc.tokens import Token, Tokens
 from druvarpc.transports import Transport
+
+logger = logging.getLogger("druvarpc")
 
 # With "auto". On the longest link that we measured eight carried no more than four, and each weighs
 # on the server.
@@ -92,6 +96,7 @@ class Terms:
         limits: what the client accepts on each.
         timeout: seconds that opening one may take.
         reconnect: they are made again when all have ended.
+        tokens: who the client says it is on each; None for nobody.
     """
 
     number: int | Literal["auto"] = 1
@@ -99,6 +104,7 @@ class Terms:
     limits: Limits = Limits()
     timeout: float = 10.0
     reconnect: bool = True
+    tokens: Tokens | None = None
 
 
 class Connections:
@@ -137,6 +143,8 @@ class Connections:
         self._last: ClientConnection | None = None
         self._targets = targets
         self._terms = terms
+        if terms.tokens is not None:
+            terms.tokens.listeners.append(self._authenticate)
         self._nursery = nursery
         self._budget = budget
         self._totals = totals
@@ -280,6 +288,9 @@ class Connections:
         for left in range(_DRAINED, 0, -1):
             transport: Transport | None = None
             with trio.move_on_at(start + timeout):
+                if terms.tokens is not None:
+                    # Before the connection is there: the server doesn't wait for ever.
+                    await _need_token(terms.tokens, target.address)
                 transport = await target.dial()
             if transport is None:
                 raise no_answer(target.address, timeout)
@@ -309,6 +320,9 @@ class Connections:
             # All others have ended while this one was opened, and with them the client.
             connection.session.close()
             raise self.lost()
+        tokens = self._terms.tokens
+        if tokens is not None and tokens.current is not None:
+            connection.authenticate(tokens.current)
         if quiet:
             self._quiet = connection
         else:
@@ -316,6 +330,14 @@ class Connections:
             self._open.append(connection)
         self._failure, self.hopeless = None, False
         self._note_change()
+
+    def _authenticate(self, token: Token) -> None:
+        """Send a new token over the connections that are open; others send it when they are."""
+        for connection in (*self._open, *([] if self._quiet is None else [self._quiet])):
+            try:
+                connection.authenticate(token)
+            except ConnectionLost as error:
+                logger.error("%s", error)  # noqa: TRY400 - no traceback of ours
 
     async def _run(self, connection: ClientConnection) -> None:
         try:
@@ -460,3 +482,15 @@ class Connections:
         least = min(self._open, key=lambda one: (one.calls.load, one.calls.active))
         least.drain()
         self._note_change()
+
+
+async def _need_token(tokens: Tokens, address: str) -> None:
+    """Have a token, for a connection to `address`.
+
+    Raises:
+        ConnectionLost: none can be had.
+    """
+    try:
+        await tokens.get()
+    except RpcError as error:
+        raise ConnectionLost(f"can't connect to {address}: {error}", not_started=True) from error

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import trio
 
-from druvarpc.calls import Call, Options
+from druvarpc.calls import Call, Options, note_metadata, note_reply
 from druvarpc.endpoints import Endpoints
 from druvarpc.errors import ConnectionLost, RpcError
 from druvarpc.pipe import Pipe, closing
@@ -46,6 +46,7 @@ async def upload(
     try:
         return method.decode_result(await uploading.run())
     finally:
+        note_reply(sending.call)
         await uploading.close()
 
 
@@ -58,9 +59,12 @@ async def download(
         call, pipe = await _open(connections, method, options, payload, attempts)
         begun = False
         try:
-            while (message := await pipe.receive()) is not None:
+            message = await pipe.receive()
+            note_metadata(call)
+            while message is not None:
                 begun = True
                 yield method.decode_response(message)
+                message = await pipe.receive()
             await _check_end(call)
             return
         except RpcError as error:
@@ -88,10 +92,13 @@ async def exchange(
         while True:
             begun = False
             try:
-                while (message := await sending.pipe.receive()) is not None:
+                message = await sending.pipe.receive()
+                note_metadata(sending.call)
+                while message is not None:
                     begun = True
                     sending.kept = None
                     yield method.decode_response(message)
+                    message = await sending.pipe.receive()
                 await _check_end(sending.call)
                 return
             except RpcError as error:
@@ -366,4 +373,5 @@ async def _send_beside(sending: _Sending, stop: trio.CancelScope, sent: trio.Eve
 
 async def _check_end(call: Call) -> None:
     await call.calls.wait(call)
+    note_reply(call)
     await call.calls.check(call)

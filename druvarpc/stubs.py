@@ -1,15 +1,17 @@
 """Stubs: objects with a service's methods, each of which makes a call."""
 
 import inspect
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from trio.lowlevel import Task, current_task, wait_task_rescheduled
 
-from druvarpc.calls import Call, Options
+from druvarpc.calls import Call, Options, note_reply
 from druvarpc.connections import HEAVY
 from druvarpc.endpoints import Endpoints
 from druvarpc.errors import RpcError
+from druvarpc.outgoing import Around
+from druvarpc.replies import collecting
 from druvarpc.retries import Attempts
 from druvarpc.service import Cardinality, Method, Service, methods_of
 from druvarpc.streaming import download, exchange, upload
@@ -65,6 +67,8 @@ class UnaryMethod(StubMethod):
             return await self.repeat(payload, error, sent=False)
         call.task = task
         await wait_task_rescheduled(call.cancelled)
+        if collecting.get() is not None:
+            note_reply(call)
         if call.plain:
             return self.decode(call)
         try:
@@ -88,7 +92,10 @@ class UnaryMethod(StubMethod):
             try:
                 call = self.begin(payload)
                 attempts.begun()
-                return await self.result(call)
+                try:
+                    return await self.result(call)
+                finally:
+                    note_reply(call)
             except RpcError as again:
                 error = again
 
@@ -119,6 +126,45 @@ class UnaryMethod(StubMethod):
         return self.method.decode_result(call.result)
 
 
+class Intercepted(StubMethod):
+    """A method of a stub with interceptors."""
+
+    __slots__ = ()
+
+    def __call__(
+        self, *args: Any, **kwargs: Any
+    ) -> Coroutine[Any, Any, Any] | AsyncGenerator[Any, None]:
+        """Make the call within the interceptors; see `StubMethod`."""
+        arguments, source = self.method.bind(args, kwargs)
+        around = Around(self.method, self.options.interceptors, self.options.metadata, self.plain)
+        if self.method.cardinality.server_streaming:
+            return around.stream(self.connections, arguments, source)
+        return around.result(arguments, source)
+
+    def plain(self, metadata: Mapping[str, str | bytes]) -> StubMethod:
+        """Return the method without interceptors."""
+        return StubMethod(self.connections, self.method, self.options.within(metadata))
+
+
+class InterceptedUnary(UnaryMethod):
+    """Likewise, a unary one."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        """Make the call within the interceptors; see `StubMethod`."""
+        return self.around.result(self.method.bind(args, kwargs)[0])
+
+    @property
+    def around(self) -> Around:
+        """How its calls are made."""
+        return Around(self.method, self.options.interceptors, self.options.metadata, self.plain)
+
+    def plain(self, metadata: Mapping[str, str | bytes]) -> UnaryMethod:
+        """Return the method without interceptors."""
+        return UnaryMethod(self.connections, self.method, self.options.within(metadata))
+
+
 def unary_method(method: object, place: str) -> UnaryMethod:
     """Return `method` as what it is at run time, a stub's method.
 
@@ -146,7 +192,11 @@ def make_stub(service: type[S], connections: Endpoints, options: Options) -> S:
     # Not by calling the class: its constructor is the server's business.
     stub: S = object.__new__(kind)
     for attribute, method in methods_of(service).items():
+        kind_of_method: type[StubMethod]
         unary = method.cardinality is Cardinality.UNARY_UNARY
-        kind_of_method = UnaryMethod if unary else StubMethod
+        if options.interceptors:
+            kind_of_method = InterceptedUnary if unary else Intercepted
+        else:
+            kind_of_method = UnaryMethod if unary else StubMethod
         object.__setattr__(stub, attribute, kind_of_method(connections, method, options))
     return stub
