@@ -278,7 +278,8 @@ class Dispatcher:
     def _begin(self, worker: _Worker, call: Stream) -> Run[bytes | None] | None:
         """Begin a call; return what runs on if the handler blocks."""
         worker.call = call
-        identity, call.token = call.token, worker
+        identity = None if self._authenticator is None else call.token
+        call.token = worker
         if call.deadline is not None:
             if call.deadline <= self.session.now():
                 late = Outcome(Status.DEADLINE_EXCEEDED, "the deadline passed", not_started=True)

@@ -23,6 +23,7 @@ import trio
 
 from druvarpc.errors import Status, cancelled_part, rpc_error_in
 from druvarpc.handlers import failure_of
+from druvarpc.peers import Certificate, UnixCredentials
 from druvarpc.protocol import AuthReceived, Outcome, State, Stream
 from druvarpc.session import Session
 
@@ -43,11 +44,15 @@ class Caller:
 
     Attributes:
         address: of the peer.
+        certificate: what the peer has shown, if TLS asked for it and has verified it.
+        credentials: the process at the other end of a Unix socket.
         token: what the client sent; None if it sent nothing.
         metadata: what the client sent with the token; of equal keys, the last.
     """
 
     address: str
+    certificate: Certificate | None = None
+    credentials: UnixCredentials | None = None
     token: str | None = field(default=None, repr=False)
     metadata: Mapping[str, str | bytes] = field(default_factory=dict[str, str | bytes], repr=False)
 
@@ -171,7 +176,8 @@ class Authenticator:
     async def _settle(self, claim: _Claim) -> None:
         """Ask the user's function."""
         session = self._session
-        caller = Caller(session.transport.peer, claim.token, claim.metadata)
+        who = session.transport.who
+        caller = Caller(who.address, who.certificate, who.credentials, claim.token, claim.metadata)
         timeout = session.core.limits.handshake_timeout
         claim.identity = claim.refusal = None
         claim.until = math.inf
