@@ -1,6 +1,6 @@
 """Async multiplexed RPC on trio: many calls in one message, and a link that is kept full."""
 
-from druvarpc.authorization import authorize
+from druvarpc.authorization import Predicate, authorize
 from druvarpc.client import Client, connect
 from druvarpc.club import Club, Part, Reply
 from druvarpc.current import CurrentCall, current_call
@@ -58,6 +58,7 @@ __all__ = [
     "Outliers",
     "Part",
     "Peer",
+    "Predicate",
     "Priority",
     "Proceed",
     "ProtocolError",
