@@ -24,6 +24,7 @@ QUESTIONS = (
     "many_connections",
     "connecting",
     "memory",
+    "around_calls",
     "transports",
     "transports_bulk",
     "core",

@@ -7,8 +7,7 @@ are in `druvarpc.streaming`.
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -436,11 +435,16 @@ class Options:
         self.timed = timings is not False
         self._report = timings if callable(timings) else None
 
-    def within(self, metadata: Mapping[str, str | bytes]) -> "Options":
+    def within(self, metadata: Metadata) -> "Options":
         """Return the options of the calls within the interceptors, which left `metadata`."""
-        options = copy(self)
-        options.metadata = tuple(metadata.items())
+        options = object.__new__(Options)
+        options.lane = self.lane
+        options.metadata = tuple(metadata)
+        options.timed = self.timed
+        options.retry = self.retry
+        options.wait = self.wait
         options.interceptors = ()
+        options._report = self._report
         return options
 
     def time(self, call: Call) -> None:

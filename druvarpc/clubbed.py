@@ -114,5 +114,5 @@ class ClubbedCall:
         finally:
             call = self._call
             if call is not None:
-                outgoing.reply_metadata = dict(call.metadata_ahead)
-                outgoing.trailers = {} if call.outcome is None else dict(call.outcome.trailers)
+                trailers = () if call.outcome is None else call.outcome.trailers
+                outgoing.note(call.metadata_ahead, trailers)

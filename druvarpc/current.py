@@ -18,26 +18,46 @@ class CurrentCall(InterceptedCall):
     """The call that a handler runs for.
 
     Attributes:
-        method: "Service.method".
-        peer: the caller's address.
         identity: who the caller is, as `authenticate` of `serve` said; None without that.
-        metadata: what the caller sent along; of equal keys, the last.
-        metadata_pairs: the same with equal keys.
         deadline: in trio's clock; infinite without one.
-        trailers: metadata that go with the reply, whatever the call's status; set what you like.
     """
+
+    __slots__ = ("_arguments", "_session", "_stream", "_trailers", "identity")
 
     def __init__(self, stream: Stream, method: Method, identity: object, session: Session) -> None:
         super().__init__(method, math.inf if stream.deadline is None else stream.deadline)
-        self.peer: str = session.transport.peer
         self.identity = identity
-        self.metadata_pairs: Sequence[tuple[str, str | bytes]] = tuple(stream.metadata)
-        self.metadata: Mapping[str, str | bytes] = dict(stream.metadata)
-        self.trailers: dict[str, str | bytes] = {}
         self._stream = stream
-        self._row = method
         self._session = session
         self._arguments: tuple[Any, ...] | None = None
+        self._trailers: dict[str, str | bytes] | None = None
+
+    @property
+    def peer(self) -> str:
+        """The caller's address."""
+        return self._session.transport.peer
+
+    @property
+    def metadata(self) -> Mapping[str, str | bytes]:
+        """What the caller sent along; of equal keys, the last."""
+        return dict(self._stream.metadata)
+
+    @property
+    def metadata_pairs(self) -> Sequence[tuple[str, str | bytes]]:
+        """The same, with equal keys."""
+        return tuple(self._stream.metadata)
+
+    @property
+    def trailers(self) -> dict[str, str | bytes]:
+        """Metadata that go with the reply, whatever the call's status; set what you like."""
+        if self._trailers is None:
+            self._trailers = {}
+        return self._trailers
+
+    @property
+    def has_trailers(self) -> bool:
+        """Whether there are any, so far."""
+        return bool(self._trailers)
 
     def __repr__(self) -> str:
         return f"<CurrentCall {self.method} of {self.peer}>"
@@ -54,7 +74,7 @@ class CurrentCall(InterceptedCall):
             payload = self._stream.payload
             if payload is None:
                 raise RuntimeError(f"the handler of {self.method} has the arguments")
-            self._arguments = tuple(self._row.decode_call(payload))
+            self._arguments = tuple(self._method.decode_call(payload))
             self._stream.payload = None
         return self._arguments
 

@@ -388,7 +388,7 @@ class Dispatcher:
         call.token = None
         if self._served.calls:
             current = self._served.calls.pop(call, None)
-            if current is not None and current.trailers:
+            if current is not None and current.has_trailers:
                 outcome = with_trailers(outcome, current.trailers)
         self._reply(call, payload, outcome, after_data=after_data)
 

@@ -24,7 +24,7 @@ from druvarpc.errors import Status, rpc_error_in
 from druvarpc.interceptors import Once, Proceed
 from druvarpc.pipe import Pipe
 from druvarpc.protocol import Outcome
-from druvarpc.service import Method, Service, implementation_of, methods_of
+from druvarpc.service import Cardinality, Method, Service, implementation_of, methods_of
 
 logger = logging.getLogger("druvarpc")
 
@@ -162,6 +162,8 @@ class Attempts:
     async def _attempt(self) -> Any:
         method, call, handler = self._entry.method, self._call, self._entry.handler
         assert handler is not None
+        if method.cardinality is Cardinality.UNARY_UNARY:
+            return await handler(*call.arguments)
         arguments = list(call.arguments)
         async with AsyncExitStack() as stack:
             if method.stream_position is not None:

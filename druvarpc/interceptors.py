@@ -29,6 +29,9 @@ __all__ = ["InterceptedCall", "Once", "Proceed", "Wrapper", "chain"]
 Proceed = Callable[[], Awaitable[Any]]
 Wrapper = Callable[[AsyncIterator[Any]], AsyncIterable[Any]]
 
+# Shared by all calls whose streams nobody changes; it is replaced, never changed.
+NONE: list[tuple[bool, Wrapper]] = []
+
 C = TypeVar("C", bound="InterceptedCall")
 
 
@@ -36,19 +39,32 @@ class InterceptedCall:
     """What interceptors of both sides know of a call.
 
     Attributes:
-        method: "Service.method".
-        cardinality: which of its sides send streams.
-        idempotent: two such calls do no more than one.
         deadline: in trio's clock; infinite without one.
     """
 
+    # Nothing here is made before it is needed: one of these is made for each call.
+    __slots__ = ("_method", "_wrappers", "deadline")
+
     def __init__(self, method: Method, deadline: float) -> None:
-        self.method: str = method.name
-        self.cardinality: Cardinality = method.cardinality
-        self.idempotent: bool = method.idempotent
         self.deadline = deadline
-        self._request_wrappers: list[Wrapper] = []
-        self._response_wrappers: list[Wrapper] = []
+        self._method = method
+        # Of the client's stream (True) and of the server's.
+        self._wrappers: list[tuple[bool, Wrapper]] = NONE
+
+    @property
+    def method(self) -> str:
+        """Its name, "Service.method"."""
+        return self._method.name
+
+    @property
+    def cardinality(self) -> Cardinality:
+        """Which of its sides send streams."""
+        return self._method.cardinality
+
+    @property
+    def idempotent(self) -> bool:
+        """Whether two such calls do no more than one."""
+        return self._method.idempotent
 
     def wrap_requests(self, wrapper: Wrapper) -> None:
         """Change the stream of the client, in the attempts that this interceptor proceeds to.
@@ -57,17 +73,18 @@ class InterceptedCall:
             wrapper: takes an async iterator of items and returns an async iterable, such as an
                 async generator function.
         """
-        self._request_wrappers.append(wrapper)
+        self._wrappers = [*self._wrappers, (True, wrapper)]
 
     def wrap_responses(self, wrapper: Wrapper) -> None:
         """Change the stream of the server likewise; see `wrap_requests`."""
-        self._response_wrappers.append(wrapper)
+        self._wrappers = [*self._wrappers, (False, wrapper)]
 
     @asynccontextmanager
     async def requests(self, items: AsyncIterable[Any]) -> AsyncGenerator[AsyncIterable[Any], None]:
         """Give the client's stream as all wrappers change it, and close them."""
         # From where it begins it meets the outermost interceptor first, on either side.
-        async with _wrapped(items, self._request_wrappers) as changed:
+        wrappers = [wrapper for of_requests, wrapper in self._wrappers if of_requests]
+        async with _wrapped(items, wrappers) as changed:
             yield changed
 
     @asynccontextmanager
@@ -75,19 +92,20 @@ class InterceptedCall:
         self, items: AsyncIterable[Any]
     ) -> AsyncGenerator[AsyncIterable[Any], None]:
         """Give the server's stream as all wrappers change it, and close them."""
-        async with _wrapped(items, self._response_wrappers[::-1]) as changed:
+        wrappers = [wrapper for of_requests, wrapper in self._wrappers if not of_requests]
+        async with _wrapped(items, wrappers[::-1]) as changed:
             yield changed
 
     async def run(
-        self, interceptor: Callable[["C", Proceed], Awaitable[Any]], inner: Proceed
+        self, interceptor: Callable[[Any, Proceed], Awaitable[Any]], inner: Proceed
     ) -> Any:
         """Run an interceptor of this call around `inner`."""
-        requests, responses = len(self._request_wrappers), len(self._response_wrappers)
+        wrappers = self._wrappers
         try:
-            return await interceptor(self, inner)  # type: ignore[arg-type]  # C is this class
+            return await interceptor(self, inner)
         finally:
             # It may be run again, by one around it that makes a second attempt.
-            del self._request_wrappers[requests:], self._response_wrappers[responses:]
+            self._wrappers = wrappers
 
 
 def chain(

@@ -10,7 +10,7 @@ has.
 
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from contextvars import Token
 from typing import Any, Protocol
 
 import trio
@@ -18,7 +18,7 @@ import trio
 from druvarpc.errors import ConnectionLost, RpcError, Status, cancelled_part
 from druvarpc.interceptors import InterceptedCall, Once, Proceed, chain
 from druvarpc.pipe import closing
-from druvarpc.replies import ReplyMetadata, collecting
+from druvarpc.replies import NOTHING, Collector, Pairs, collecting
 from druvarpc.service import Method
 
 __all__ = ["Around", "ClientInterceptor", "OutgoingCall"]
@@ -28,6 +28,7 @@ class OutgoingCall(InterceptedCall):
     """A call that a client makes, as its interceptors see it.
 
     Attributes:
+        deadline: in trio's clock; infinite without one.
         arguments: the arguments without the stream; may be replaced before an attempt.
         metadata: what goes with the call; may be changed before an attempt.
         attempt: how many attempts there have been.
@@ -35,26 +36,45 @@ class OutgoingCall(InterceptedCall):
         trailers: what it sent with it.
     """
 
+    __slots__ = (
+        "_collector",
+        "arguments",
+        "attempt",
+        "metadata",
+        "reply_metadata",
+        "trailers",
+    )
+
     def __init__(
-        self,
-        method: Method,
-        arguments: tuple[Any, ...],
-        metadata: Sequence[tuple[str, str | bytes]],
+        self, method: Method, arguments: tuple[Any, ...], metadata: Mapping[str, str | bytes]
     ) -> None:
         super().__init__(method, trio.current_effective_deadline())
         self.arguments = arguments
-        self.metadata: dict[str, str | bytes] = dict(metadata)
+        self.metadata = dict(metadata)
         self.attempt = 0
-        self.reply_metadata: Mapping[str, str | bytes] = {}
-        self.trailers: Mapping[str, str | bytes] = {}
+        self.reply_metadata: Mapping[str, str | bytes] = NOTHING
+        self.trailers: Mapping[str, str | bytes] = NOTHING
+        self._collector: Collector | None = None
+
+    def note(self, metadata: Pairs, trailers: Pairs = ()) -> None:
+        """Take what came with a reply."""
+        self.reply_metadata = dict(metadata) if metadata else NOTHING
+        self.trailers = dict(trailers) if trailers else NOTHING
+        if self._collector is not None:
+            self._collector.note(metadata, trailers)
+
+    def begin_attempt(self) -> "Token[Collector | None]":
+        """Count an attempt, and be told of its reply."""
+        self.attempt += 1
+        self.reply_metadata = self.trailers = NOTHING
+        self._collector = collecting.get()
+        return collecting.set(self)
 
     def __repr__(self) -> str:
         return f"<OutgoingCall {self.method}, attempt {self.attempt}>"
 
 
 ClientInterceptor = Callable[[OutgoingCall, Proceed], Awaitable[Any]]
-# Returns a stub's method without interceptors, whose calls have the metadata.
-Plain = Callable[[Mapping[str, str | bytes]], Callable[..., Any]]
 
 
 class Opened(Protocol):
@@ -70,21 +90,46 @@ class Opened(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
 class Around:
     """How the calls of a stub's method are made within its interceptors.
+
+    Args:
+        method: what is called.
+        interceptors: the first is the outermost.
+        pairs: the metadata of the stub's calls.
+        make: returns the stub's method without interceptors, whose calls have these metadata.
 
     Attributes:
         method: what is called.
         interceptors: the first is the outermost.
         metadata: what the stub's calls have.
-        plain: makes the calls.
     """
 
-    method: Method
-    interceptors: Sequence[ClientInterceptor]
-    metadata: Sequence[tuple[str, str | bytes]]
-    plain: Plain
+    __slots__ = ("_make", "_pairs", "_unchanged", "interceptors", "metadata", "method")
+
+    def __init__(
+        self,
+        method: Method,
+        interceptors: Sequence[ClientInterceptor],
+        pairs: Pairs,
+        make: Callable[[Pairs], Callable[..., Any]],
+    ) -> None:
+        self.method = method
+        self.interceptors = interceptors
+        self.metadata = dict(pairs)
+        self._pairs = pairs
+        self._make = make
+        self._unchanged = make(pairs)
+
+    def plain(self, metadata: Mapping[str, str | bytes]) -> Callable[..., Any]:
+        """Return the method without interceptors, which left `metadata`."""
+        before = self.metadata
+        if metadata == before:
+            return self._unchanged
+        # Of equal keys they have seen one.
+        same = [pair for pair in self._pairs if metadata.get(pair[0]) == before[pair[0]]]
+        new = [(key, value) for key, value in metadata.items() if before.get(key) != value]
+        return self._make((*same, *new))
 
     async def result(
         self, arguments: tuple[Any, ...], source: AsyncIterable[Any] | None = None
@@ -152,10 +197,7 @@ class _Attempts:
         begun = self._delivered or (self._source is not None and self._source.begun)
         if self._failure is not None and begun:
             raise self._failure
-        call = self._call
-        call.attempt += 1
-        found = ReplyMetadata(collecting.get())
-        token = collecting.set(found)
+        token = self._call.begin_attempt()
         try:
             return await self._attempt()
         except Exception as error:
@@ -163,11 +205,12 @@ class _Attempts:
             raise
         finally:
             collecting.reset(token)
-            call.reply_metadata, call.trailers = found.metadata, found.trailers
 
     async def _attempt(self) -> Any:
         call, position = self._call, self._around.method.stream_position
         arguments = call.arguments
+        if self._deliver is None and position is None:
+            return await self._around.plain(call.metadata)(*arguments)
         async with AsyncExitStack() as stack:
             if position is not None:
                 assert self._source is not None

@@ -3,10 +3,21 @@
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Final, Protocol
 
-__all__ = ["ReplyMetadata", "collecting", "reply_metadata"]
+__all__ = ["NOTHING", "Collector", "Pairs", "ReplyMetadata", "collecting", "reply_metadata"]
 
 Pairs = Sequence[tuple[str, str | bytes]]
+NOTHING: Final[Mapping[str, str | bytes]] = MappingProxyType({})
+
+
+class Collector(Protocol):
+    """What is told of replies."""
+
+    def note(self, metadata: Pairs, trailers: Pairs = ()) -> None:
+        """Take what came with a call."""
+        ...
 
 
 class ReplyMetadata:
@@ -17,9 +28,9 @@ class ReplyMetadata:
         trailers: sent with the reply, also one that failed; likewise.
     """
 
-    def __init__(self, around: "ReplyMetadata | None" = None) -> None:
-        self.metadata: Mapping[str, str | bytes] = {}
-        self.trailers: Mapping[str, str | bytes] = {}
+    def __init__(self, around: Collector | None = None) -> None:
+        self.metadata: Mapping[str, str | bytes] = NOTHING
+        self.trailers: Mapping[str, str | bytes] = NOTHING
         self._around = around
 
     def __repr__(self) -> str:
@@ -27,13 +38,13 @@ class ReplyMetadata:
 
     def note(self, metadata: Pairs, trailers: Pairs = ()) -> None:
         """Take what came with a call, here and in the blocks around this one."""
-        place: ReplyMetadata | None = self
-        while place is not None:
-            place.metadata, place.trailers = dict(metadata), dict(trailers)
-            place = place._around
+        self.metadata = dict(metadata) if metadata else NOTHING
+        self.trailers = dict(trailers) if trailers else NOTHING
+        if self._around is not None:
+            self._around.note(metadata, trailers)
 
 
-collecting: ContextVar[ReplyMetadata | None] = ContextVar("druvarpc_reply_metadata", default=None)
+collecting: ContextVar[Collector | None] = ContextVar("druvarpc_reply_metadata", default=None)
 
 
 @contextmanager

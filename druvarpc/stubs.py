@@ -1,7 +1,7 @@
 """Stubs: objects with a service's methods, each of which makes a call."""
 
 import inspect
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 from trio.lowlevel import Task, current_task, wait_task_rescheduled
@@ -11,7 +11,7 @@ from druvarpc.connections import HEAVY
 from druvarpc.endpoints import Endpoints
 from druvarpc.errors import RpcError
 from druvarpc.outgoing import Around
-from druvarpc.replies import collecting
+from druvarpc.replies import Pairs, collecting
 from druvarpc.retries import Attempts
 from druvarpc.service import Cardinality, Method, Service, methods_of
 from druvarpc.streaming import download, exchange, upload
@@ -129,40 +129,49 @@ class UnaryMethod(StubMethod):
 class Intercepted(StubMethod):
     """A method of a stub with interceptors."""
 
-    __slots__ = ()
+    __slots__ = ("_around",)
+
+    def __init__(self, connections: Endpoints, method: Method, options: Options) -> None:
+        super().__init__(connections, method, options)
+        self._around = around(connections, method, options, StubMethod)
 
     def __call__(
         self, *args: Any, **kwargs: Any
     ) -> Coroutine[Any, Any, Any] | AsyncGenerator[Any, None]:
         """Make the call within the interceptors; see `StubMethod`."""
         arguments, source = self.method.bind(args, kwargs)
-        around = Around(self.method, self.options.interceptors, self.options.metadata, self.plain)
         if self.method.cardinality.server_streaming:
-            return around.stream(self.connections, arguments, source)
-        return around.result(arguments, source)
-
-    def plain(self, metadata: Mapping[str, str | bytes]) -> StubMethod:
-        """Return the method without interceptors."""
-        return StubMethod(self.connections, self.method, self.options.within(metadata))
+            return self._around.stream(self.connections, arguments, source)
+        return self._around.result(arguments, source)
 
 
 class InterceptedUnary(UnaryMethod):
-    """Likewise, a unary one."""
+    """Likewise, a unary one.
 
-    __slots__ = ()
+    Attributes:
+        around: how its calls are made.
+    """
+
+    __slots__ = ("around",)
+
+    def __init__(self, connections: Endpoints, method: Method, options: Options) -> None:
+        super().__init__(connections, method, options)
+        self.around = around(connections, method, options, UnaryMethod)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
         """Make the call within the interceptors; see `StubMethod`."""
         return self.around.result(self.method.bind(args, kwargs)[0])
 
-    @property
-    def around(self) -> Around:
-        """How its calls are made."""
-        return Around(self.method, self.options.interceptors, self.options.metadata, self.plain)
 
-    def plain(self, metadata: Mapping[str, str | bytes]) -> UnaryMethod:
-        """Return the method without interceptors."""
-        return UnaryMethod(self.connections, self.method, self.options.within(metadata))
+def around(
+    connections: Endpoints, method: Method, options: Options, kind: type[StubMethod]
+) -> Around:
+    """Return how calls are made within the interceptors of `options`."""
+
+    def make(metadata: Pairs) -> StubMethod:
+        return kind(connections, method, options.within(metadata))
+
+    return Around(method, options.interceptors, options.metadata, make)
 
 
 def unary_method(method: object, place: str) -> UnaryMethod:

@@ -1,7 +1,7 @@
-"""`windowed` of a method with interceptors: a task for each call.
+"""`windowed` of a method with interceptors: tasks, as many as there are calls at a time.
 
-They run in the client's nursery, in one task that takes the arguments and begins the calls. Leaving
-the generator ends it.
+They run in the client's nursery, below one that takes the arguments and gives them to tasks that
+have nothing to do, or to new ones. Leaving the generator ends them.
 """
 
 from collections import deque
@@ -23,6 +23,8 @@ from druvarpc.pipe import closing
 
 # With `window=None`. It isn't tuned: how long an interceptor takes says nothing of the link.
 WINDOW: Final = 256
+# Calls that begin before others have their turn.
+PORTION: Final = 64
 
 
 async def windowed_within(
@@ -84,20 +86,24 @@ class _Flight:
         self._method = method
         self._arguments = arguments
         self._ordered = ordered
-        self._slots = trio.Semaphore(window)
+        self._room = window  # for calls whose results haven't been taken
         self._turns: deque[_Call] = deque()  # all, or those done
-        self._complete = False  # there will be no more calls than those that are under way
-        self._active = 0
+        self._waiting: deque[tuple[_Call, Any]] = deque()  # for a task
+        self._undone = 0
+        self._complete = False  # no others will begin
+        self._idle = trio.lowlevel.ParkingLot()
+        self._taken = trio.lowlevel.ParkingLot()
         self._changed = trio.lowlevel.ParkingLot()
 
     async def next(self) -> _Call | None:
         """Return the next call whose turn it is, once it is done; None after the last."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         while not (self._turns and self._turns[0].done):
-            if self._complete and not self._turns and not self._active:
+            if self._complete and not self._turns and not self._undone:
                 return None
             await self._changed.park()
-        await trio.lowlevel.checkpoint_if_cancelled()
-        self._slots.release()
+        self._room += 1
+        self._taken.unpark()
         return self._turns.popleft()
 
     async def run(self) -> None:
@@ -108,12 +114,15 @@ class _Flight:
                 async with trio.open_nursery() as nursery:
                     self.error = await self._begin_all(nursery)
                     self._complete = True
-                    self._changed.unpark_all()
+                    while self._undone:
+                        self._changed.unpark_all()
+                        await self._taken.park()
+                    nursery.cancel_scope.cancel()
             if self.scope.cancelled_caught:
                 # If not by the caller, who then has gone and doesn't hear this.
                 self.error = RpcError(Status.DEADLINE_EXCEEDED, "the deadline passed")
         finally:
-            self._complete, self._active = True, 0
+            self._complete, self._undone = True, 0
             self._turns = deque(call for call in self._turns if call.done)
             self._changed.unpark_all()
             self.ended.set()
@@ -129,17 +138,33 @@ class _Flight:
         return None
 
     async def _begin_each(self, arguments: AsyncIterator[Any], nursery: trio.Nursery) -> None:
+        begun = 0
         while True:
-            await self._slots.acquire()
+            begun += 1
+            if not begun % PORTION:
+                await trio.lowlevel.checkpoint()
+            while not self._room:
+                await self._taken.park()
             try:
                 argument = await anext(arguments)
             except StopAsyncIteration:
                 return
+            self._room -= 1
             call = _Call()
-            self._active += 1
+            self._undone += 1
             if self._ordered:
                 self._turns.append(call)
-            nursery.start_soon(self._make, call, argument)
+            self._waiting.append((call, argument))
+            if self._idle:
+                self._idle.unpark()
+            else:
+                nursery.start_soon(self._work)
+
+    async def _work(self) -> None:
+        while True:
+            while self._waiting:
+                await self._make(*self._waiting.popleft())
+            await self._idle.park()
 
     async def _make(self, call: _Call, argument: Any) -> None:
         try:
@@ -150,10 +175,12 @@ class _Flight:
         except BaseExceptionGroup as group:
             raise cancelled_part(group) from None
         call.done = True
-        self._active -= 1
+        self._undone -= 1
         if not self._ordered:
             self._turns.append(call)
-        self._changed.unpark_all()
+        self._changed.unpark()
+        if self._complete and not self._undone:
+            self._taken.unpark_all()
 
 
 def _async(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterable[Any]:
