@@ -438,13 +438,10 @@ class Options:
     def within(self, metadata: Metadata) -> "Options":
         """Return the options of the calls within the interceptors, which left `metadata`."""
         options = object.__new__(Options)
-        options.lane = self.lane
+        for name in Options.__slots__:
+            setattr(options, name, getattr(self, name))
         options.metadata = tuple(metadata)
-        options.timed = self.timed
-        options.retry = self.retry
-        options.wait = self.wait
         options.interceptors = ()
-        options._report = self._report
         return options
 
     def time(self, call: Call) -> None:

@@ -34,8 +34,15 @@ logger = logging.getLogger("druvarpc")
 # Seconds until a failed `authenticate` is asked again for the same claim: soon enough for whom it
 # depends on to be back, and not for each call of a client that only repeats it.
 _RETRY_AFTER: Final = 1.0
+# Claims that may wait to be settled. A client has a second when it refreshes its token meanwhile;
+# one that has many makes this end keep the tokens.
+_MOST_PENDING: Final = 16
 # What `authenticate` answers to the claim itself.
 _FINAL: Final = (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED)
+
+_TOO_MANY: Final = Outcome(
+    Status.RESOURCE_EXHAUSTED, "too many tokens wait to be looked at", not_started=True
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +150,8 @@ class Authenticator:
             # that is settled wait if some of an earlier one do.
             if claim.waiting is not None:
                 claim.waiting.append(call)
+            elif len(self._pending) >= _MOST_PENDING:
+                self._refuse(call, _TOO_MANY)
             elif self._pending or now >= claim.until:
                 claim.waiting = [call]
                 self._pending.append(claim)

@@ -2,8 +2,10 @@
 
 import logging
 import math
+import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,12 +25,14 @@ from druvarpc import (
     authorize,
     current_call,
 )
-from druvarpc.protocol import Connection, Stream
-from druvarpc.protocol.frames import encode_auth, pack
+from druvarpc.protocol import Connection, Reference, RepliesReceived, Stream
+from druvarpc.protocol.frames import CALLS, encode_auth, frame, pack
+from druvarpc.server import Server
 from druvarpc.testing import Link, connected
-from druvarpc.transports import Buffer, Transport, memory_transports
+from druvarpc.transports import Transport, memory_transports
 from tests.io.services import ClosedGate, Gate, MemoryVault, Vault, served
-from tests.io.test_interceptors import all_calls
+from tests.io.test_interceptors import CALLS as MADE
+from tests.io.test_interceptors import all_calls, download, exchange, upload
 
 SECRET = "s3cret-t0ken"
 
@@ -117,7 +121,8 @@ class RawClient:
         self.results: list[Any] = []
 
     def send(self) -> None:
-        self.transport.send_nowait(self.core.data_to_send(trio.current_time(), 2**30))
+        unsent = self.transport.send_nowait(self.core.data_to_send(trio.current_time(), 2**30))
+        assert not unsent, "let the server read first"
 
     def authenticate(self, token: str) -> None:
         self.core.authenticate(token)
@@ -129,13 +134,23 @@ class RawClient:
         self.send()
         return call
 
+    async def settle(self) -> None:
+        """Wait for the server's settings, before which few calls go out."""
+        self.core.receive_data(await self.transport.receive(), trio.current_time())
+        assert self.core.next_event() is not None
+
+    async def end(self) -> None:
+        """Wait until the server has closed the connection."""
+        while await self.transport.receive():
+            pass
+
     async def reply_to(self, call: Stream) -> tuple[Any, Status, bool]:
         while call.id not in self.replies:
             data = await self.transport.receive()
             assert data, "the server closed the connection"
             self.core.receive_data(data, trio.current_time())
             while (event := self.core.next_event()) is not None:
-                if isinstance(event, druvarpc.protocol.RepliesReceived):
+                if isinstance(event, RepliesReceived):
                     for stream, payload, outcome in event.replies:
                         status = Status.OK if outcome is None else outcome.status
                         started = outcome is not None and outcome.not_started
@@ -155,8 +170,6 @@ async def raw(nursery: trio.Nursery) -> Callable[..., RawClient]:
     """Connect a raw client to a server with an `authenticate`."""
 
     def connect(door: Any, service: Any = None, limits: Limits = Limits()) -> RawClient:
-        from druvarpc.server import Server
-
         near, far = memory_transports()
         server = Server([service or MyWho()], limits, authenticate=door)
         nursery.start_soon(server.serve_transport, far)
@@ -346,9 +359,6 @@ async def test_authenticate_that_fails_while_it_is_cancelled_ends_nothing_else(c
 
 
 def served_with(services: Any, authenticate: Any) -> Any:
-    from contextlib import asynccontextmanager
-    from functools import partial
-
     @asynccontextmanager
     async def serve() -> Any:
         async with trio.open_nursery() as nursery:
@@ -409,8 +419,6 @@ async def test_a_call_before_the_first_auth_has_not_its_identity(raw):
 
 async def test_a_call_that_needs_another_keeps_the_identity_it_came_under(raw):
     """Its turn comes after the next AUTH has."""
-    from druvarpc.protocol import Reference
-
     gate = trio.Event()
 
     class Slow(MyWho):
@@ -458,11 +466,25 @@ async def test_auths_that_no_call_follows_ask_for_nothing_and_a_flood_is_abuse(r
         client.authenticate(f"token {number}")
     assert await client.text(client.call("am_i")) == "token 999"
     assert door.asked == ["token 999"]
-    frame = encode_auth("me")
-    client.transport.send_nowait([frame * 25_000])
-    with pytest.raises(AssertionError, match="closed the connection"):
-        while True:
-            await client.text(client.call("am_i"))
+    client.transport.send_nowait([encode_auth("me") * 25_000])
+    await client.end()
+
+
+async def test_tokens_without_end_while_authenticate_hangs(raw, autojump_clock):
+    """They aren't all kept: of most of the calls that come after them, none is begun."""
+    door, service = Door(opened=False), MyWho()
+    client = raw(door, service)
+    client.send()
+    await client.settle()
+    calls = []
+    for number in range(100):
+        client.authenticate(f"{number} {'x' * 10_000}")
+        calls.append(client.call("am_i"))
+        await trio.testing.wait_all_tasks_blocked()
+    door.opened.set()
+    answers = [(await client.reply_to(call))[1:] for call in calls]
+    assert answers == [(Status.OK, False)] * 16 + [(Status.RESOURCE_EXHAUSTED, True)] * 84
+    assert (door.most, len(door.asked)) == (1, 16)
 
 
 async def test_calls_without_end_while_authenticate_hangs(raw, autojump_clock):
@@ -490,15 +512,11 @@ async def test_calls_without_end_while_authenticate_hangs(raw, autojump_clock):
 async def test_a_client_that_ignores_the_limit_of_calls_meanwhile_is_closed(raw):
     door = Door(opened=False)
     client = raw(door, limits=Limits(max_calls=100))
-    from druvarpc.protocol.frames import CALLS, frame
-
     for first in range(1, 2000):
         item = ["Who.am_i" if first == 1 else 0, 0, pack([])]
         client.transport.send_nowait([frame(CALLS, pack([item]), id=first)])
     await trio.testing.wait_all_tasks_blocked()
-    data: Buffer = b"x"
-    while data:
-        data = await client.transport.receive()
+    await client.end()
     assert door.running == 0
 
 
@@ -815,6 +833,81 @@ async def test_the_token_goes_ahead_of_calls_over_a_slow_link(autojump_clock):
     async with connected([MyWho()], token="me", authenticate=door, link=link) as client:
         assert await client.stub(Who).am_i() == "me"
     assert door.asked == ["me"]
+
+
+async def test_every_new_connection_sends_the_token_that_holds_then(autojump_clock):
+    source, door, link = Source(100), Door(), Link(rtt=0.01)
+    async with connected([MyWho()], token=source, authenticate=door, link=link) as client:
+        who = client.stub(Who)
+        assert await who.am_i() == "token 1"
+        link.cut()
+        await trio.sleep(1)
+        assert await who.am_i() == "token 1"
+        await trio.sleep(90)
+        link.cut()
+        await trio.sleep(1)
+        assert await who.am_i() == "token 2"
+        assert client.statistics().reconnects == 2
+    assert door.asked == ["token 1", "token 1", "token 2"]
+
+
+async def test_uploads_and_clubs_are_made_again_with_a_new_token(autojump_clock):
+    source, door = Source(), Revoking()
+    async with connected([MyWho(), MemoryVault()], token=source, authenticate=door) as client:
+        who, vault = client.stub(Who), client.stub(Vault)
+        for number, make in enumerate((upload, exchange, download), 2):
+            await who.am_i()
+            await trio.sleep(11)
+            door.good = number
+            assert await make(vault) == dict(MADE)[make]
+        await trio.sleep(11)
+        door.good = 5
+        async with client.club() as club:
+            one = club.call(vault.begin, "me")
+            two = club.call(vault.add, one.field("id"), 1)
+            three = club.call(who.am_i)
+        assert (one.value.owner, two.value, three.value) == ("me", 8, "token 5")
+    assert source.given == 5
+
+
+async def test_interceptors_know_nothing_of_a_new_token(autojump_clock):
+    source, door = Source(), Revoking()
+    attempts: list[int] = []
+
+    async def count(call: druvarpc.OutgoingCall, proceed: druvarpc.Proceed) -> Any:
+        try:
+            return await proceed()
+        finally:
+            attempts.append(call.attempt)
+
+    async with connected(
+        [MyWho()], token=source, authenticate=door, interceptors=[count]
+    ) as client:
+        await client.stub(Who).am_i()
+        await trio.sleep(11)
+        door.good = 2
+        assert await client.stub(Who).am_i() == "token 2"
+        await trio.sleep(11)
+        door.good = 3
+        assert [name async for name in client.stub(Who).watch(1)] == ["token 3"]
+    assert attempts == [1, 1, 1]
+
+
+async def test_a_unix_sockets_caller_is_known_by_the_kernel(tmp_path, nursery):
+    door: list[Caller] = []
+
+    async def authenticate(caller: Caller) -> object:
+        door.append(caller)
+        return None if caller.credentials is None else caller.credentials.uid
+
+    serve = partial(
+        druvarpc.serve, [MyWho()], f"unix://{tmp_path}/socket", authenticate=authenticate
+    )
+    server: druvarpc.Server = await nursery.start(serve)
+    async with druvarpc.connect(server.addresses[0]) as client:
+        assert await client.stub(Who).am_i() == str(os.getuid())
+    assert door[0].token is None
+    assert door[0].certificate is None
 
 
 @pytest.mark.parametrize("token", ["x" * 16_385, 7, Token])

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -521,8 +522,6 @@ async def test_a_stream_within_interceptors_ends_with_the_client():
 
 
 async def test_the_context_of_the_caller_is_that_of_the_interceptors():
-    from contextvars import ContextVar
-
     who: ContextVar[str] = ContextVar("who")
     seen: list[str] = []
 
