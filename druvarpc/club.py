@@ -13,10 +13,10 @@ from druvarpc.clubbed import ClubbedCall
 from druvarpc.codec import ENCODE_ERRORS, unencodable
 from druvarpc.endpoints import Endpoints
 from druvarpc.errors import RpcError, Status
-from druvarpc.outgoing import OutgoingCall
 from druvarpc.protocol import Reference
 from druvarpc.protocol.clubs import MAX_PATH, MAX_REFERENCES, call_size, resolve
 from druvarpc.protocol.wire import MAX_CLUB
+from druvarpc.replies import Pairs
 from druvarpc.retries import Attempts, may_fare_better, renewable
 from druvarpc.service import Method
 from druvarpc.session import quiet_nursery
@@ -264,7 +264,7 @@ class Club:
                 arguments,
                 deadline,
                 bound=bool(references),
-                change=partial(self._change, entry, arguments),
+                change=partial(self._change, entry),
                 result=reply.result,
             )
         self._entries.append(entry)
@@ -315,11 +315,11 @@ class Club:
             if entry.reply.within is not None:
                 entry.reply.end(entry.reply.within)
 
-    def _change(self, entry: _Entry, arguments: tuple[Any, ...], outgoing: OutgoingCall) -> None:
+    def _change(self, entry: _Entry, metadata: Pairs, arguments: tuple[Any, ...] | None) -> None:
         """Take in what interceptors have changed before a call goes out."""
-        entry.metadata = tuple(outgoing.metadata.items())
-        if outgoing.arguments is not arguments:
-            entry.payload, entry.references = self._encode(entry.stub.method, outgoing.arguments)
+        entry.metadata = tuple(metadata)
+        if arguments is not None:
+            entry.payload, entry.references = self._encode(entry.stub.method, arguments)
 
     def _goes_out(self, entry: _Entry) -> bool:
         """Whether a call is sent; put results that interceptors have answered in place for it."""

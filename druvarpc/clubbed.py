@@ -14,6 +14,7 @@ from druvarpc.calls import Call
 from druvarpc.errors import cancelled_part
 from druvarpc.interceptors import chain
 from druvarpc.outgoing import Around, OutgoingCall
+from druvarpc.replies import Pairs
 
 __all__ = ["ClubbedCall"]
 
@@ -26,7 +27,7 @@ class ClubbedCall:
         arguments: its arguments, replies of other calls among them.
         bound: some of them are.
         deadline: of the scopes that it was added in.
-        change: takes the metadata and the arguments that the interceptors left.
+        change: takes the metadata, and the arguments if the interceptors have replaced them.
         result: returns what the call returned, or raises why it failed, once it is settled.
 
     Attributes:
@@ -42,7 +43,7 @@ class ClubbedCall:
         deadline: float,
         *,
         bound: bool,
-        change: Callable[[OutgoingCall], None],
+        change: Callable[[Pairs, tuple[Any, ...] | None], None],
         result: Callable[[], Awaitable[Any]],
     ) -> None:
         self.ready = trio.Event()
@@ -95,7 +96,6 @@ class ClubbedCall:
     async def _attempt(self, outgoing: OutgoingCall) -> Any:
         outgoing.attempt += 1
         if not self._wanted:
-            self._wanted = True
             return await self._in_club(outgoing)
         if self._failure is not None and self._bound:
             # What it needs of others is forgotten once the club has ended.
@@ -103,7 +103,9 @@ class ClubbedCall:
         return await self._around.plain(outgoing.metadata)(*outgoing.arguments)
 
     async def _in_club(self, outgoing: OutgoingCall) -> Any:
-        self._change(outgoing)
+        arguments = None if outgoing.arguments is self._arguments else outgoing.arguments
+        self._change(self._around.pairs(outgoing.metadata), arguments)
+        self._wanted = True
         self.ready.set()
         await self.settled.wait()
         try:

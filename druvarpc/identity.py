@@ -242,4 +242,5 @@ class Authenticator:
             return
         for call in calls:
             call.token = claim.identity
-        self._release(calls)
+        if calls:
+            self._release(calls)

@@ -121,15 +121,20 @@ class Around:
         self._make = make
         self._unchanged = make(pairs)
 
-    def plain(self, metadata: Mapping[str, str | bytes]) -> Callable[..., Any]:
-        """Return the method without interceptors, which left `metadata`."""
+    def pairs(self, metadata: Mapping[str, str | bytes]) -> Pairs:
+        """Return what goes with a call, of which interceptors left `metadata`."""
         before = self.metadata
         if metadata == before:
-            return self._unchanged
+            return self._pairs
         # Of equal keys they have seen one.
         same = [pair for pair in self._pairs if metadata.get(pair[0]) == before[pair[0]]]
         new = [(key, value) for key, value in metadata.items() if before.get(key) != value]
-        return self._make((*same, *new))
+        return (*same, *new)
+
+    def plain(self, metadata: Mapping[str, str | bytes]) -> Callable[..., Any]:
+        """Return the method without interceptors, which left `metadata`."""
+        pairs = self.pairs(metadata)
+        return self._unchanged if pairs is self._pairs else self._make(pairs)
 
     async def result(
         self, arguments: tuple[Any, ...], source: AsyncIterable[Any] | None = None

@@ -676,6 +676,52 @@ async def test_arguments_that_are_replaced_go_out_in_the_club():
         assert client.statistics().clubs_sent == 1
 
 
+async def test_arguments_that_cant_be_sent_fail_their_call_of_the_club_alone():
+    async def replace(call: OutgoingCall, proceed: Proceed) -> Any:
+        if call.arguments[0] == 1:
+            call.arguments = (object(),)
+        return await proceed()
+
+    async with connected([MemoryVault()], interceptors=[replace]) as client:
+        vault = client.stub(Vault)
+        async with client.club(raise_errors=False) as club:
+            one = club.call(vault.add, 1)
+            needs = club.call(vault.add, one)
+            two = club.call(vault.add, 2)
+        assert two.value == 3
+        assert isinstance(one.error, RpcError)
+        assert one.error.status is Status.INVALID_ARGUMENT
+        assert isinstance(needs.error, RpcError)
+        assert needs.error.status is Status.FAILED_PRECONDITION
+
+
+@pytest.mark.parametrize("changed", [False, True])
+async def test_repeated_keys_of_a_stub_survive_interceptors(changed):
+    seen: list[Any] = []
+
+    async def client_side(call: OutgoingCall, proceed: Proceed) -> Any:
+        assert call.metadata == {"k": "2", "other": "x"}
+        if changed:
+            call.metadata["other"] = "y"
+            call.metadata["new"] = "z"
+        return await proceed()
+
+    async def server_side(call: CurrentCall, proceed: Proceed) -> Any:
+        seen.append(list(call.metadata_pairs))
+        return await proceed()
+
+    pairs = [("k", "1"), ("other", "x"), ("k", "2")]
+    async with connected(
+        [MemoryVault()], interceptors=[client_side], server_interceptors=[server_side]
+    ) as client:
+        vault = client.stub(Vault, metadata=pairs)
+        await vault.add(1)
+        async with client.club() as club:
+            club.call(vault.add, 1)
+    kept = [("k", "1"), ("k", "2"), ("other", "y"), ("new", "z")]
+    assert seen == 2 * [kept if changed else pairs]
+
+
 # Windows.
 
 
