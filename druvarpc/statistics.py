@@ -124,6 +124,8 @@ class Totals:
         self.calls_clubbed += other.calls_clubbed
         self.bytes_sent += other.bytes_sent
         self.bytes_received += other.bytes_received
+        self.bytes_saved_sent += other.bytes_saved_sent
+        self.bytes_saved_received += other.bytes_saved_received
         self.times.update(other.times)
         for key, count in other.clubs.items():
             _add_club(self.clubs, key, count)
