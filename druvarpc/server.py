@@ -117,15 +117,15 @@ class Server:
                     with self._accepting, ExitStack() as stack:
                         # Not as late as below: handlers may take long to end.
                         stack.callback(self._remove_sockets)
-                        task_status.started(self)
                         async with trio.open_nursery() as accepting:
                             for listener, entrance in zip(listeners, entrances, strict=True):
                                 accept = partial(self._accept, entrance)
-                                accepting.start_soon(
+                                await accepting.start(
                                     partial(trio.serve_listeners, handler_nursery=nursery),
                                     accept,
                                     [listener],
                                 )
+                            task_status.started(self)
         finally:
             self._remove_sockets()
             for listener in listeners:
