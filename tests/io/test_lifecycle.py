@@ -281,6 +281,7 @@ async def test_nothing_is_left_of_two_hundred_connections(kind, tmp_path):
     address = TCP if kind == "tcp" else f"unix://{tmp_path}/socket"
     workshop = Workshop()
     async with serving(workshop, address) as server:
+        await trio.testing.wait_all_tasks_blocked()  # all of the server's have begun
         files, living = open_files(), tasks()
         for number in range(200):
             with trio.move_on_after(math.inf) as scope:
