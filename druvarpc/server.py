@@ -3,6 +3,7 @@
 import ssl
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -15,6 +16,7 @@ from druvarpc.entrance import Entrance
 from druvarpc.errors import CloseCode
 from druvarpc.handlers import dispatch_table
 from druvarpc.http import Site
+from druvarpc.load import Load
 from druvarpc.protocol import Budget, Connection, Limits
 from druvarpc.service import Service
 from druvarpc.session import GOODBYE, Session
@@ -59,6 +61,7 @@ class Server:
         self._limits = limits
         self._memory = Budget(limits.total_memory)
         self._totals = Totals()
+        self._load = Load(limits.total_calls)
         self._sessions: dict[Session, None] = {}
         self._changed = trio.lowlevel.ParkingLot()
         self._accepting = trio.CancelScope()
@@ -67,7 +70,7 @@ class Server:
 
     def statistics(self) -> Statistics:
         """Return what this server has done so far."""
-        return self._totals.with_open(self._sessions)
+        return replace(self._totals.with_open(self._sessions), calls_refused=self._load.refused)
 
     async def drain(self, timeout: float = DRAIN_TIMEOUT) -> None:
         """Stop accepting connections and calls, let those that run end, and stop serving.
@@ -142,7 +145,7 @@ class Server:
             compression=self._compression,
         )
         async with trio.open_nursery() as nursery:
-            dispatcher = Dispatcher(self._table, core, transport, nursery, self._totals)
+            dispatcher = Dispatcher(self._table, core, transport, nursery, self._totals, self._load)
             session = dispatcher.session
             self._sessions[session] = None
             try:
