@@ -58,7 +58,9 @@ LAYERS = (
     "routes entrance",
     "client server",
     "links",
-    "testing",
+    "testing worker",
+    "workers",
+    "supervisor",
     "cli",
     "__main__",
 )
