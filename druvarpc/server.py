@@ -23,6 +23,7 @@ from druvarpc.session import GOODBYE, Session
 from druvarpc.statistics import Statistics, Totals
 from druvarpc.tls import HTTP, PROTOCOL, TLS, Contexts
 from druvarpc.transports import (
+    SharedListener,
     Transport,
     check_congestion_control,
     listening_address,
@@ -112,6 +113,7 @@ class Server:
     ) -> None:
         """Listen and serve until cancelled or drained."""
         listeners: list[trio.SocketListener] = []
+        own: list[trio.SocketListener] = []
         entrances: list[Entrance] = []
         try:
             for address in addresses:
@@ -120,6 +122,7 @@ class Server:
                 entrances += [self._entrance(address)] * len(opened)
                 if address.fd is None:
                     self._bound.append(address)
+                    own += opened
                 self.addresses += [str(listening_address(one, address)) for one in opened]
             self._stopped = trio.Event()
             with self._serving:
@@ -128,15 +131,15 @@ class Server:
                         # Not as late as below: handlers may take long to end.
                         stack.callback(self._stopped.set)
                         stack.callback(self._remove_sockets)
-                        task_status.started(self)
                         async with trio.open_nursery() as accepting:
                             for listener, entrance in zip(listeners, entrances, strict=True):
                                 accept = partial(self._accept, entrance)
                                 accepting.start_soon(
                                     partial(trio.serve_listeners, handler_nursery=nursery),
                                     accept,
-                                    [listener],
+                                    [listener if listener in own else SharedListener(listener)],
                                 )
+                            task_status.started(self)
         finally:
             self._remove_sockets()
             for listener in listeners:
