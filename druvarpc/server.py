@@ -3,6 +3,7 @@
 import ssl
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -16,6 +17,7 @@ from druvarpc.errors import CloseCode
 from druvarpc.handlers import ServerInterceptor, dispatch_table
 from druvarpc.http import Site
 from druvarpc.identity import Authenticate
+from druvarpc.load import Load
 from druvarpc.protocol import Budget, Connection, Limits
 from druvarpc.service import Service
 from druvarpc.session import GOODBYE, Session
@@ -63,6 +65,7 @@ class Server:
         self._limits = limits
         self._memory = Budget(limits.total_memory)
         self._totals = Totals()
+        self._load = Load(limits.total_calls)
         self._sessions: dict[Session, None] = {}
         self._changed = trio.lowlevel.ParkingLot()
         self._accepting = trio.CancelScope()
@@ -71,7 +74,7 @@ class Server:
 
     def statistics(self) -> Statistics:
         """Return what this server has done so far."""
-        return self._totals.with_open(self._sessions)
+        return replace(self._totals.with_open(self._sessions), calls_refused=self._load.refused)
 
     async def drain(self, timeout: float = DRAIN_TIMEOUT) -> None:
         """Stop accepting connections and calls, let those that run end, and stop serving.
@@ -147,7 +150,13 @@ class Server:
         )
         async with trio.open_nursery() as nursery:
             dispatcher = Dispatcher(
-                self._table, core, transport, nursery, self._totals, self._authenticate
+                self._table,
+                core,
+                transport,
+                nursery,
+                self._totals,
+                self._load,
+                self._authenticate,
             )
             session = dispatcher.session
             self._sessions[session] = None

@@ -41,7 +41,7 @@ LAYERS = (
     "tcp peers proxies proxy_protocol",
     "transports",
     "session",
-    "timings resilience",
+    "timings resilience load",
     "pipe statistics",
     "interceptors replies tokens",
     "outgoing current",
