@@ -68,7 +68,10 @@ class Server:
         self._load = Load(limits.total_calls)
         self._sessions: dict[Session, None] = {}
         self._changed = trio.lowlevel.ParkingLot()
+        self._arriving = 0  # connections that haven't been admitted yet
         self._accepting = trio.CancelScope()
+        self._stopped = trio.Event()  # accepting, or not begun
+        self._stopped.set()
         self._serving = trio.CancelScope()
         self._draining = False
 
@@ -101,7 +104,9 @@ class Server:
         self._serving.cancel()
 
     async def _wait_for_sessions(self) -> None:
-        while self._sessions:
+        # A connection that was accepted at the last moment is one of them, though not at once.
+        await self._stopped.wait()
+        while self._sessions or self._arriving:
             await self._changed.park()
 
     async def run(
@@ -117,12 +122,15 @@ class Server:
                 opened = await open_listeners(address, self._congestion_control)
                 listeners += opened
                 entrances += [self._entrance(address)] * len(opened)
-                self._bound.append(address)
+                if address.fd is None:
+                    self._bound.append(address)
                 self.addresses += [str(listening_address(one, address)) for one in opened]
+            self._stopped = trio.Event()
             with self._serving:
                 async with trio.open_nursery() as nursery:
                     with self._accepting, ExitStack() as stack:
                         # Not as late as below: handlers may take long to end.
+                        stack.callback(self._stopped.set)
                         stack.callback(self._remove_sockets)
                         async with trio.open_nursery() as accepting:
                             for listener, entrance in zip(listeners, entrances, strict=True):
@@ -192,7 +200,12 @@ class Server:
         return Entrance(site, self._limits, contexts, proxied=self._proxy_protocol)
 
     async def _accept(self, entrance: Entrance, stream: trio.SocketStream) -> None:
-        admitted = await entrance.admit(stream)
+        self._arriving += 1
+        try:
+            admitted = await entrance.admit(stream)
+        finally:
+            self._arriving -= 1
+            self._changed.unpark_all()
         if admitted is not None:
             await self.serve_transport(*admitted)
 
@@ -219,7 +232,9 @@ async def serve(
         addresses: one or more of "tcp://host:port", "tls://host:port" and "unix:///path"; port 0
             takes a free one. Each of them answers HTTP too, and so does "http://host:port/path"
             ("https:"), which moreover says where the upgrade is to be asked for; without a path,
-            and at the other addresses, that may be anywhere.
+            and at the other addresses, that may be anywhere. "fd://3" is a socket that this process
+            has been given and that listens already, also as "fd+tls://3" and so on; it stays
+            open, and the file of a Unix socket stays where it is.
         tls: how to encrypt at tls and https addresses: files, which may change while the server
             runs, or a context, which is used as it is. See `TLS`.
         proxy_protocol: every connection begins with a header of the PROXY protocol, version 1 or 2,
