@@ -64,7 +64,9 @@ LAYERS = (
     "routes entrance",
     "client server",
     "links",
-    "testing",
+    "testing worker",
+    "workers",
+    "supervisor",
     "cli",
     "__main__",
 )
