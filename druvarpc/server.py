@@ -24,6 +24,7 @@ from druvarpc.session import GOODBYE, Session
 from druvarpc.statistics import Statistics, Totals
 from druvarpc.tls import HTTP, PROTOCOL, TLS, Contexts
 from druvarpc.transports import (
+    SharedListener,
     Transport,
     check_congestion_control,
     listening_address,
@@ -116,6 +117,7 @@ class Server:
     ) -> None:
         """Listen and serve until cancelled or drained."""
         listeners: list[trio.SocketListener] = []
+        own: list[trio.SocketListener] = []
         entrances: list[Entrance] = []
         try:
             for address in addresses:
@@ -124,6 +126,7 @@ class Server:
                 entrances += [self._entrance(address)] * len(opened)
                 if address.fd is None:
                     self._bound.append(address)
+                    own += opened
                 self.addresses += [str(listening_address(one, address)) for one in opened]
             self._stopped = trio.Event()
             with self._serving:
@@ -138,7 +141,7 @@ class Server:
                                 await accepting.start(
                                     partial(trio.serve_listeners, handler_nursery=nursery),
                                     accept,
-                                    [listener],
+                                    [listener if listener in own else SharedListener(listener)],
                                 )
                             task_status.started(self)
         finally:

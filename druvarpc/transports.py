@@ -42,6 +42,9 @@ MAX_BUFFERS: Final = 512
 LEAST_WRITE: Final = 16 * 1024
 # What a memory transport holds for a reader, like a socket's buffer.
 MEMORY_BUFFER: Final = 256 * 1024
+# Seconds that a process leaves a shared socket to others after each connection: longer than they
+# take to wake up, and short enough that one alone still accepts 500 connections a second.
+TURN: Final = 0.002
 
 
 class Transport(Protocol):
@@ -429,6 +432,29 @@ def _inherited_listener(fd: int) -> trio.SocketListener:
     except ValueError as error:
         listening.close()
         raise ValueError(f"fd://{fd}: {error}") from None
+
+
+class SharedListener(trio.abc.Listener[trio.SocketStream]):
+    """A listener on a socket on which other processes listen, too.
+
+    Who has accepted a connection leaves the next one to others for a moment. Otherwise the process
+    that was the first to wake up takes all of a burst, while the others are still on their way.
+    """
+
+    def __init__(self, inner: trio.SocketListener) -> None:
+        self._inner = inner
+        self._again_at = -math.inf
+
+    async def accept(self) -> trio.SocketStream:
+        """Wait for a connection; cancelled, it has accepted none."""
+        await trio.sleep_until(self._again_at)
+        accepted = await self._inner.accept()
+        self._again_at = trio.current_time() + TURN
+        return accepted
+
+    async def aclose(self) -> None:
+        """Close it in this process."""
+        await self._inner.aclose()
 
 
 def listening_address(listener: trio.SocketListener, address: Address) -> Address:

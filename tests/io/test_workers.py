@@ -4,84 +4,20 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 import druvarpc
 from druvarpc.cli import main
 from druvarpc.worker import NotServable, load
-from tests.io.peers import ROOT, TCP, settled
+from tests.io.peers import TCP, settled
+from tests.io.supervised import SERVICE, Where, alive, answers, ask, serve_command
 
 pytestmark = pytest.mark.once
-
-SERVICE = """
-import os
-from functools import partial
-import trio
-import druvarpc
-
-
-class Where(druvarpc.Service):
-    @druvarpc.rpc(idempotent=True)
-    async def pid(self) -> int: ...
-
-    @druvarpc.rpc(idempotent=True)
-    async def version(self) -> str: ...
-
-    @druvarpc.rpc
-    async def hold(self, seconds: float) -> int: ...
-
-    @druvarpc.rpc
-    async def die(self) -> None: ...
-
-
-class Here(Where):
-    async def pid(self) -> int:
-        return os.getpid()
-
-    async def version(self) -> str:
-        return VERSION
-
-    async def hold(self, seconds: float) -> int:
-        await trio.sleep(seconds)
-        return os.getpid()
-
-    async def die(self) -> None:
-        os._exit(3)
-
-
-VERSION = "1"
-one = Here()
-several = [Here()]
-empty = []
-number = 3
-limited = partial(druvarpc.serve, [Here()], limits=druvarpc.Limits(total_calls=1))
-
-
-
-def nonsense():
-    return [Here(), 3]
-
-
-def made():
-    return Here()
-
-
-def made_several():
-    return (Here(),)
-
-
-async def by_hand(*addresses, task_status):
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.sleep_forever)
-        task_status.started(await nursery.start(druvarpc.serve, [Here()], *addresses))
-"""
 
 FAILING = """
 async def one(*addresses, task_status):
@@ -91,98 +27,6 @@ SERVERLESS = """
 async def one(*addresses, task_status):
     task_status.started()
 """
-
-
-class Where(druvarpc.Service):
-    @druvarpc.rpc(idempotent=True)
-    async def pid(self) -> int: ...
-
-    @druvarpc.rpc(idempotent=True)
-    async def version(self) -> str: ...
-
-    @druvarpc.rpc
-    async def hold(self, seconds: float) -> int: ...
-
-    @druvarpc.rpc
-    async def die(self) -> None: ...
-
-
-class Command:
-    """A running `druvarpc serve`; what it prints and logs is kept."""
-
-    def __init__(self, process: trio.Process) -> None:
-        self.process = process
-        self.printed = ""
-        self.log = ""
-        self._changed = trio.Event()
-
-    async def read(self, stream: trio.abc.ReceiveStream, name: str) -> None:
-        while more := await stream.receive_some(65536):
-            setattr(self, name, getattr(self, name) + more.decode())
-            self._changed.set()
-            self._changed = trio.Event()
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        with trio.move_on_after(30) as scope:
-            while not condition():
-                await self._changed.wait()
-        assert not scope.cancelled_caught, f"{self.printed}\n{self.log}"
-
-    async def logged(self, pattern: str, times: int = 1) -> None:
-        await self.until(lambda: len(re.findall(pattern, self.log)) >= times)
-
-    async def address(self) -> str:
-        await self.until(lambda: "\n" in self.printed)
-        return self.printed.partition("\n")[0].removeprefix("listening on ")
-
-    @property
-    def pids(self) -> list[int]:
-        """Of all processes that have served so far."""
-        return [int(pid) for pid in re.findall(r"worker (\d+) serves", self.log)]
-
-    def send(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    async def ended(self) -> int:
-        with trio.fail_after(30):
-            return await self.process.wait()
-
-
-@asynccontextmanager
-async def serve_command(
-    folder: Path, target: str, *options: str, listen: str = TCP, **more: object
-) -> AsyncGenerator[Command, None]:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    process = await trio.lowlevel.open_process(
-        [sys.executable, "-m", "druvarpc", "serve", target, "--listen", listen, *options],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **more,
-    )
-    command = Command(process)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(command.read, process.stdout, "printed")
-        nursery.start_soon(command.read, process.stderr, "log")
-        try:
-            yield command
-        finally:
-            with trio.CancelScope(shield=True):
-                process.kill()
-                await process.wait()
-                # Workers hold the pipes open until they have ended.
-                with trio.move_on_after(10) as scope:
-                    await settled(lambda: not any(map(alive, command.pids)), within=9)
-            nursery.cancel_scope.cancel()
-    assert not scope.cancelled_caught, "nothing survives the parent"
-
-
-def alive(pid: int) -> bool:
-    with suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return False
 
 
 @pytest.fixture
@@ -197,9 +41,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-async def ask(address: str, method: str = "pid") -> object:
-    async with druvarpc.connect(address) as client:
-        return await getattr(client.stub(Where), method)()
+async def arrived(client: druvarpc.Client) -> None:
+    """Wait until the server has the calls of the tasks that have been started."""
+    await trio.testing.wait_all_tasks_blocked()
+    await client.ping()
 
 
 async def test_the_sockets_are_shared_and_sigterm_drains(folder):
@@ -216,7 +61,7 @@ async def test_the_sockets_are_shared_and_sigterm_drains(folder):
                 held.append(await client.stub(Where).hold(0.5))
 
             nursery.start_soon(hold)
-            await client.ping()
+            await arrived(client)
             command.send(signal.SIGTERM)
             await command.logged("SIGTERM: draining")
             # Nobody new is taken while the call ends.
@@ -225,15 +70,6 @@ async def test_the_sockets_are_shared_and_sigterm_drains(folder):
         assert await command.ended() == 0
         assert command.printed == f"listening on {address}\n"
         assert "Traceback" not in command.log
-
-
-def answers(address: str) -> bool:
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except ConnectionRefusedError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("target", ["one", "several", "made", "made_several", "Here", "by_hand"])
@@ -316,7 +152,7 @@ async def test_reload_takes_up_new_code_and_lets_calls_end(folder):
                 held.append(await where.hold(3))
 
             nursery.start_soon(hold)
-            await client.ping()
+            await arrived(client)
             (folder / "where.py").write_text(SERVICE.replace('VERSION = "1"', 'VERSION = "two"'))
             command.send(signal.SIGHUP)
             await command.logged("reloaded")
@@ -409,7 +245,7 @@ async def test_a_second_signal_ends_all_at_once(folder):
                     await client.stub(Where).hold(600)
 
             nursery.start_soon(hold)
-            await client.ping()
+            await arrived(client)
             command.send(signal.SIGTERM)
             await command.logged("SIGTERM: draining")
             command.send(signal.SIGTERM)
@@ -427,7 +263,7 @@ async def test_what_takes_longer_than_the_drain_timeout_is_cut_short(folder):
                         await client.stub(Where).hold(600)
 
                 nursery.start_soon(hold)
-                await client.ping()
+                await arrived(client)
                 command.send(signal.SIGTERM)
                 assert await command.ended() == 0
 
