@@ -13,8 +13,7 @@ class Depot(druvarpc.Service):
     """None of these is idempotent: a call is made again only if it is known not to have begun."""
 
     @druvarpc.rpc
-    async def add(self, left: int, right: int) -> tuple[int, int]:
-        """Return the sum, and the process that has made it."""
+    async def add(self, left: int, right: int) -> tuple[int, int]: ...  # the sum, and its maker
 
     @druvarpc.rpc
     async def store(self, pieces: AsyncIterator[bytes]) -> int: ...
