@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+import trustme
 
 import druvarpc
 from druvarpc.cli import main
@@ -289,6 +290,34 @@ async def test_unix_sockets_and_inherited_ones(folder):
             assert await ask(address) in command.pids
             command.send(signal.SIGTERM)
             assert await command.ended() == 0
+
+
+async def test_tls_on_sockets_that_are_inherited(folder):
+    """The parent opens the socket, and its workers read the certificate."""
+    authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
+    certified = authority.issue_cert("127.0.0.1")
+    certified.private_key_and_cert_chain_pem.write_to_path(folder / "server.pem")
+    authority.cert_pem.write_to_path(folder / "authority.pem")
+    source = (
+        'secure = partial(druvarpc.serve, [Here()], tls=druvarpc.TLS(certificate="server.pem"))'
+    )
+    (folder / "where.py").write_text(f"{SERVICE}\n{source}\n")
+    listen = "tls://127.0.0.1:0"
+    async with serve_command(folder, "where:secure", "--workers", "2", listen=listen) as command:
+        address = await command.address()
+        assert address.startswith("tls://127.0.0.1:")
+        tls = druvarpc.TLS(authorities=folder / "authority.pem")
+        async with druvarpc.connect(address, tls=tls) as client:
+            first = await client.stub(Where).pid()
+            command.send(signal.SIGHUP)
+            await command.logged("reloaded")
+            await settled(lambda: client.statistics().reconnects == 1)
+            assert await client.stub(Where).pid() != first
+        command.send(signal.SIGTERM)
+        assert await command.ended() == 0
+    async with serve_command(folder, "where:one", listen=listen) as command:
+        assert await command.ended() == 1
+        await command.logged("ValueError: fd[+]tls://.*: TLS needs tls=")
 
 
 async def test_an_address_that_is_taken(folder):
