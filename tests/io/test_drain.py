@@ -352,6 +352,14 @@ async def test_nothing_fails_while_servers_that_share_a_socket_drain_in_turn():
             callers.start_soon(club, client, work, f"{name}.club")
             callers.start_soon(many, work, f"{name}.many")
 
+    async def come_and_go(address: str, name: str) -> None:
+        while not over:
+            async with druvarpc.connect(address) as client:
+                for _ in range(3):
+                    data = b"%s.%d" % (name.encode(), len(made))
+                    made.append(data)
+                    assert await client.stub(Work).echo(data) == data
+
     with socket.create_server(("127.0.0.1", 0)) as listening, trio.fail_after(20):
         start = partial(druvarpc.serve, [Counter(handled)], f"fd://{listening.fileno()}")
         async with trio.open_nursery() as servers:
@@ -359,6 +367,7 @@ async def test_nothing_fails_while_servers_that_share_a_socket_drain_in_turn():
             async with trio.open_nursery() as clients:
                 for number in range(3):
                     clients.start_soon(be_a_client, server.addresses[0], str(number))
+                    clients.start_soon(come_and_go, server.addresses[0], f"{number}.brief")
                 for _ in range(5):
                     calls, streamed = len(handled), len(streams)
                     await settled(

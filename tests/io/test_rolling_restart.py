@@ -74,6 +74,11 @@ async def test_a_plain_server_hands_over_to_its_successor():
                 nursery.start_soon(echo, client.stub(Work))
             nursery.start_soon(stream, client.stub(Work))
 
+    async def come_and_go(address: str) -> None:
+        while not over:
+            async with druvarpc.connect(address) as client:
+                assert await client.stub(Work).gather(pieces()) == 80_000
+
     servers = []
     with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
         address = f"tcp://127.0.0.1:{listening.getsockname()[1]}"
@@ -81,6 +86,7 @@ async def test_a_plain_server_hands_over_to_its_successor():
             servers.append(await stack.enter_async_context(plain_server(listening)))
             for _ in range(3):
                 nursery.start_soon(be_a_client, address)
+                nursery.start_soon(come_and_go, address)
             for _ in range(3):
                 before = calls, streams
                 await settled(
