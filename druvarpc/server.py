@@ -135,7 +135,6 @@ class Server:
                         # Not as late as below: handlers may take long to end.
                         stack.callback(self._stopped.set)
                         stack.callback(self._remove_sockets)
-                        task_status.started(self)
                         async with trio.open_nursery() as accepting:
                             for listener, entrance in zip(listeners, entrances, strict=True):
                                 accept = partial(self._accept, entrance)
@@ -144,6 +143,7 @@ class Server:
                                     accept,
                                     [listener if listener in own else SharedListener(listener)],
                                 )
+                            task_status.started(self)
         finally:
             self._remove_sockets()
             for listener in listeners:
