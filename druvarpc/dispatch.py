@@ -293,7 +293,7 @@ class Dispatcher:
                 return None
             worker.scope.deadline = call.deadline
         if self._load.full:
-            self._send_away(worker, call)
+            self._turn_away(worker, call)
             return None
         entry = self._table.get(call.method)
         if entry is None or entry.handler is None:
@@ -384,8 +384,8 @@ class Dispatcher:
 
     # How calls end.
 
-    def _send_away(self, worker: _Worker, call: Stream) -> None:
-        """Send a call away whose handler would be one too many."""
+    def _turn_away(self, worker: _Worker, call: Stream) -> None:
+        """Refuse a call whose handler would be one too many."""
         details = msgspec.msgpack.encode({RETRY_AFTER: self._load.refuse(self.session.now())})
         busy = Outcome(Status.RESOURCE_EXHAUSTED, "the server is busy", details, not_started=True)
         self._end(worker, call, None, busy)

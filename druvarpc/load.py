@@ -60,4 +60,4 @@ class Load:
         mean = _UNKNOWN if self._mean is None else self._mean
         free_at = max(self._free_at, now) + mean / self._most
         self._free_at = min(free_at, now + LONGEST)
-        return max(self._free_at - now, SHORTEST)
+        return min(max(self._free_at - now, SHORTEST), LONGEST)  # by rounding it may be more
