@@ -21,6 +21,12 @@ from .errors import InvalidEntry
 # Chunks of a file in one entry: bounds an entry to 38 KiB, and to 80 MB of a large file.
 PART_CHUNKS = 1024
 
+# Stands for a chunk where a sparse file has a hole. No BLAKE3 hash is known that gives it.
+HOLE = bytes(32)
+
+# All extended attributes of an entry, names and values, in bytes: what Linux allows one value.
+MAX_XATTRS = 64 * 1024
+
 
 class Kind(IntEnum):
     """What an entry is. The numbers are stored in snapshots."""
@@ -28,10 +34,13 @@ class Kind(IntEnum):
     DIRECTORY = 1
     FILE = 2
     SYMLINK = 3
+    FIFO = 4
+    BLOCK_DEVICE = 5
+    CHARACTER_DEVICE = 6
 
 
 class Entry(NamedTuple):
-    """One directory, regular file (or part of it) or symbolic link.
+    """One directory, regular file (or part of it), symbolic link, FIFO or device.
 
     A named tuple, since these are sent as arrays: no names of fields with each of a million.
 
@@ -43,8 +52,18 @@ class Entry(NamedTuple):
         size: A file's size in bytes, of all its parts; else 0.
         target: Where a symbolic link points.
         offset: Where in the file this part's chunks begin, in bytes.
-        chunks: The ids of this part's chunks.
+        chunks: The ids of this part's chunks. `HOLE` is none: zeros that take no space, as many as
+            its size says.
         sizes: The sizes of these chunks' contents, in bytes.
+        uid: The owner's number.
+        gid: The group's number.
+        user: The owner's name; empty if it has none.
+        group: The group's name; empty if it has none.
+        link: The path of an earlier file that this one is a hard link of; empty if there is none.
+            Such an entry has its own size, but no chunks.
+        xattrs: Extended attributes, each a name and a value, in the order of the names. They include
+            access control lists. A file's first part has them.
+        device: A device's number, as `os.makedev` returns it.
     """
 
     path: bytes
@@ -56,11 +75,23 @@ class Entry(NamedTuple):
     offset: int = 0
     chunks: tuple[bytes, ...] = ()
     sizes: tuple[int, ...] = ()
+    uid: int = 0
+    gid: int = 0
+    user: str = ""
+    group: str = ""
+    link: bytes = b""
+    xattrs: tuple[tuple[bytes, bytes], ...] = ()
+    device: int = 0
 
     @property
     def end(self) -> int:
         """Where in the file this part ends, in bytes. The last part's end is the file's size."""
         return self.offset + sum(self.sizes)
+
+    @property
+    def complete(self) -> bool:
+        """Whether no part of the same file follows."""
+        return bool(self.link) or self.end >= self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +118,24 @@ def check_next(last: Entry | None, entry: Entry) -> None:
     Raises:
         InvalidEntry: It may not.
     """
-    if last is not None and last.end < last.size:
+    if last is not None and not last.complete:
         if entry.path != last.path or entry.kind is not Kind.FILE or entry.offset != last.end:
             raise InvalidEntry(last.path, "the file's next part is missing")
     elif entry.offset != 0:
         raise InvalidEntry(entry.path, "the file's first part is missing")
     elif last is not None and order(entry.path) <= order(last.path):
         raise InvalidEntry(entry.path, "out of order")
-    if entry.kind is not Kind.FILE and (entry.size or entry.chunks):
+    if entry.kind is not Kind.FILE and (entry.size or entry.chunks or entry.link):
         raise InvalidEntry(entry.path, "only files have content")
     if len(entry.chunks) != len(entry.sizes) or any(size <= 0 for size in entry.sizes):
         raise InvalidEntry(entry.path, "the chunks have other sizes")
-    if entry.end > entry.size or (entry.size and not entry.chunks):
+    if entry.link:
+        if entry.chunks or order(entry.link) >= order(entry.path):
+            raise InvalidEntry(entry.path, "not a hard link of an earlier file")
+    elif entry.end > entry.size or (entry.size and not entry.chunks):
         raise InvalidEntry(entry.path, "the chunks do not add up to the file's size")
+    if sum(len(name) + len(value) for name, value in entry.xattrs) > MAX_XATTRS:
+        raise InvalidEntry(entry.path, "too large extended attributes")
 
 
 def check_last(last: Entry | None) -> None:
@@ -108,7 +144,7 @@ def check_last(last: Entry | None) -> None:
     Raises:
         InvalidEntry: It is a file's part that others have to follow.
     """
-    if last is not None and last.end < last.size:
+    if last is not None and not last.complete:
         raise InvalidEntry(last.path, "the file's last part is missing")
 
 
