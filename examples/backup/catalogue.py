@@ -18,7 +18,7 @@ from .chunks import Chunk
 from .errors import CatalogueError, UnknownChunks
 from .packs import Location
 
-VERSION = 1
+VERSION = 2
 SCHEMA = (
     """
     CREATE TABLE chunks (
@@ -44,13 +44,16 @@ SCHEMA = (
     )
     """,
     "CREATE INDEX snapshots_by_name ON snapshots (name, created_ns)",
-    # Many entries a row: a row for each would cost more than the entries.
     """
     CREATE TABLE pages (
         snapshot INTEGER NOT NULL REFERENCES snapshots ON DELETE CASCADE,
         page INTEGER NOT NULL,
         digest BLOB NOT NULL,
-        entries BLOB NOT NULL,
+        data BLOB NOT NULL,
+        chunks BLOB NOT NULL,
+        entries INTEGER NOT NULL,
+        files INTEGER NOT NULL,
+        size INTEGER NOT NULL,
         PRIMARY KEY (snapshot, page)
     )
     """,

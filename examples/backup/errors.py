@@ -17,6 +17,14 @@ class ChunkError(BackupError):
     """A chunk is not what its id and its size say."""
 
 
+class PageError(BackupError):
+    """A page of a snapshot is damaged, or encrypted with another key."""
+
+
+class KeyRefused(BackupError):
+    """There is no key, another one is there, or the passphrase is not the key's."""
+
+
 class PackError(BackupError):
     """A pack file does not hold what the catalogue says it does."""
 
@@ -43,6 +51,10 @@ class UnknownChunks(BackupError):
     def __init__(self, ids: Sequence[bytes]) -> None:
         super().__init__(f"{len(ids)} chunks are not in the store, {ids[0].hex()} first")
         self.ids = ids
+
+
+class UnknownBase(BackupError):
+    """The snapshot that a new one is to be based on is not there."""
 
 
 class UnknownSnapshot(BackupError):

@@ -19,7 +19,7 @@ from struct import Struct
 
 from blake3 import blake3
 
-from .chunks import ID_SIZE, LIMIT, Chunk
+from .chunks import ID_SIZE, LIMIT, MAX_OVERHEAD, Chunk
 from .errors import PackError
 
 MAGIC = b"drvpack\1"
@@ -29,8 +29,8 @@ RECORD_MAGIC = b"chnk"
 HEADER = Struct(f">4sII{ID_SIZE}s16s")
 CHECKED = HEADER.size - 16
 
-# An encoded chunk is at most its tag byte longer than its content.
-RECORD_LIMIT = HEADER.size + 1 + LIMIT
+# See chunks.MAX_OVERHEAD.
+RECORD_LIMIT = HEADER.size + MAX_OVERHEAD + LIMIT
 
 # A pack is the unit that is copied, checked and one day collected: 256 MiB leaves 4,000 files for
 # a terabyte, and rewriting one takes a second or two.

@@ -10,7 +10,6 @@ import errno
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
@@ -27,13 +26,14 @@ from .errors import (
     InvalidEntry,
     PackError,
     StoreFailed,
+    UnknownBase,
     UnknownChunks,
     UnknownSnapshot,
 )
-from .service import MAX_FETCH, MAX_IDS, BackupStore
-from .snapshots import Snapshot
+from .pages import Page
+from .service import MAX_FETCH, MAX_IDS, BackupStore, Piece
+from .snapshots import Draft, Snapshot
 from .store import Store
-from .tree import Entry
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -44,9 +44,6 @@ PUT_THREADS = 16
 # Questions and reads, which seldom wait: a few more than cores.
 READ_THREADS = 8
 
-# Entries that are read at once for a restore: a bound for messages, see MAX_ENTRIES.
-PAGE_ENTRIES = 256
-
 # Seconds that running calls have to end once the server was told to stop. New ones are refused, so
 # backups break off; the chunks they sent stay, and the next one need not send them again.
 DRAIN_TIMEOUT = 10.0
@@ -54,6 +51,7 @@ DRAIN_TIMEOUT = 10.0
 STATUSES: dict[type[BackupError], Status] = {
     ChunkError: Status.INVALID_ARGUMENT,
     InvalidEntry: Status.INVALID_ARGUMENT,
+    UnknownBase: Status.FAILED_PRECONDITION,
     UnknownChunks: Status.FAILED_PRECONDITION,
     UnknownSnapshot: Status.NOT_FOUND,
     PackError: Status.DATA_LOSS,
@@ -80,12 +78,15 @@ class StoreService(BackupStore):
     async def put(self, chunks: list[Chunk]) -> None:
         await _in_thread(self._store.put_many, chunks, limiter=self._puts)
 
-    async def commit(self, name: str, entries: AsyncIterator[list[Entry]]) -> Snapshot:
-        draft = await _in_thread(self._store.begin, name, limiter=self._puts)
+    async def commit(
+        self, name: str, base: str, pieces: AsyncIterator[list[Piece]]
+    ) -> AsyncGenerator[Snapshot | None, None]:
+        draft = await _in_thread(self._store.begin, name, base, limiter=self._puts)
         try:
-            async for batch in entries:
-                await _in_thread(draft.add, batch, limiter=self._puts)
-            return await _in_thread(draft.commit, limiter=self._puts)
+            yield None
+            async for batch in pieces:
+                await _in_thread(_add, draft, batch, limiter=self._puts)
+            yield await _in_thread(draft.commit, limiter=self._puts)
         finally:
             # Whatever ends the call: an error, the client's cancellation, a lost connection.
             with trio.CancelScope(shield=True):
@@ -94,11 +95,20 @@ class StoreService(BackupStore):
     async def snapshots(self) -> list[Snapshot]:
         return await _in_thread(self._store.snapshots, limiter=self._reads)
 
-    async def entries(self, snapshot: str) -> AsyncGenerator[list[Entry], None]:
+    async def pages(self, snapshot: str) -> AsyncGenerator[Page, None]:
         found = await _in_thread(self._store.find, snapshot, limiter=self._reads)
-        remaining = self._store.entries(found.id)
-        while page := await _in_thread(_take, remaining, PAGE_ENTRIES, limiter=self._reads):
+        remaining = self._store.pages(found.id)
+        while page := await _in_thread(next, remaining, None, limiter=self._reads):
             yield page
+
+    async def key(self) -> bytes:
+        return await _in_thread(self._store.key, limiter=self._reads)
+
+    async def set_key(self, wrapped: bytes) -> None:
+        try:
+            await _in_thread(self._store.set_key, wrapped, limiter=self._puts)
+        except FileExistsError as error:
+            raise RpcError(Status.ALREADY_EXISTS, "there is a key already") from error
 
     async def fetch(self, ids: list[bytes]) -> list[Chunk]:
         _check_count(ids)
@@ -150,8 +160,12 @@ async def _in_thread(function: Callable[[*Ts], T], *args: *Ts, limiter: trio.Cap
         return await trio.to_thread.run_sync(function, *args, limiter=limiter)
 
 
-def _take(entries: Iterator[Entry], count: int) -> list[Entry]:
-    return list(islice(entries, count))
+def _add(draft: Draft, pieces: list[Piece]) -> None:
+    for piece in pieces:
+        if piece.count:
+            draft.copy(piece.first, piece.count)
+        if piece.page is not None:
+            draft.add(piece.page)
 
 
 def _check_count(ids: Sequence[bytes]) -> None:

@@ -7,22 +7,22 @@ snapshot, whole, in one transaction. Drafts that a crash left behind are deleted
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import msgpack
-import zstandard
 from blake3 import blake3
 
 from .catalogue import Catalogue
-from .chunks import ID_SIZE
-from .errors import BackupError, CatalogueError, InvalidEntry, UnknownChunks, UnknownSnapshot
-from .tree import Entry, Kind, check_last, check_next
-
-# What a draft holds in memory, and a reader for each snapshot it streams: 1 MiB is ten thousand
-# small files. Smaller pages would compress worse and commit more often.
-PAGE_SIZE = 1024 * 1024
+from .errors import (
+    BackupError,
+    CatalogueError,
+    InvalidEntry,
+    UnknownBase,
+    UnknownChunks,
+    UnknownSnapshot,
+)
+from .pages import Page
 
 # A prefix of an id shorter than this is more likely a mistyped name.
 MIN_PREFIX = 4
@@ -57,52 +57,67 @@ _COLUMNS = "id, name, created_ns, entries, files, size, chunks"
 class Draft:
     """A snapshot in the making, for one thread at a time.
 
-    After an error it is discarded: it takes no more entries and cannot be committed.
+    After an error it is discarded: it takes no more pages and cannot be committed.
     """
 
-    def __init__(self, catalogue: Catalogue, name: str) -> None:
+    def __init__(self, catalogue: Catalogue, name: str, base: str = "") -> None:
         self.id = secrets.token_hex(16)
         self.name = name
         self._catalogue = catalogue
         with catalogue.writing() as db:
+            self._base = 0
+            if base:
+                row = db.execute(
+                    "SELECT number FROM snapshots WHERE id = ? AND complete", (base,)
+                ).fetchone()
+                if row is None:
+                    raise UnknownBase(f"no snapshot has the id {base}")
+                (self._base,) = row
             cursor = db.execute("INSERT INTO snapshots (id, name) VALUES (?, ?)", (self.id, name))
             self._number = cursor.lastrowid
         self._open = True
-        self._last: Entry | None = None
-        self._packer = msgpack.Packer(autoreset=False)
         self._pages = 0
-        self._entries = self._files = self._size = self._chunks = 0
 
-    def add(self, entries: Iterable[Entry]) -> None:
-        """Adds the next entries, in the order of `scan`. Their chunks must be stored already.
+    def copy(self, first: int, count: int) -> None:
+        """Takes over pages of the base."""
+        with self._discarding_on_error(), self._catalogue.writing() as db:
+            done = db.execute(
+                "INSERT INTO pages SELECT ?, page + ?, digest, data, chunks, entries, files, size"
+                " FROM pages WHERE snapshot = ? AND page >= ? AND page < ?",
+                (self._number, self._pages - first, self._base, first, first + count),
+            )
+            if done.rowcount != count:
+                raise InvalidEntry(b"", "the base has no such pages")
+            self._pages += count
+
+    def add(self, page: Page) -> None:
+        """Adds the next page. Its chunks must be stored already.
 
         Raises:
-            UnknownChunks: They name chunks that are not.
-            InvalidEntry: One is out of order, incomplete, or contradicts itself or its chunks.
+            UnknownChunks: It names chunks that are not.
         """
         with self._discarding_on_error():
-            batch = list(entries)
-            # Once for the batch: a question for each file would take longer than all the rest.
-            ids = list({id for entry in batch for id in entry.chunks})
-            known = self._catalogue.sizes(ids)
-            if unknown := [id for id in ids if id not in known]:
-                raise UnknownChunks(unknown)
-            for entry in batch:
-                self._check(entry, known)
-                self._take(entry)
+            ids = list(page.ids())
+            if missing := self._catalogue.missing(ids):
+                raise UnknownChunks([ids[position] for position in missing])
+            with self._catalogue.writing() as db:
+                db.execute(
+                    "INSERT INTO pages VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    (self._number, self._pages, _digest(page), *page),
+                )
+            self._pages += 1
 
     def commit(self) -> Snapshot:
-        """Makes the draft a snapshot, durable and visible to all.
-
-        Raises:
-            InvalidEntry: The last file is incomplete.
-        """
+        """Makes the draft a snapshot, durable and visible to all."""
         with self._discarding_on_error():
-            check_last(self._last)
-            self._write_page()
             now = time.time_ns()
-            counts = (self._entries, self._files, self._size, self._chunks)
             with self._catalogue.writing() as db:
+                counts: tuple[int, int, int, int] = db.execute(
+                    "SELECT coalesce(sum(entries), 0), coalesce(sum(files), 0),"
+                    " coalesce(sum(size), 0), coalesce(sum(length(chunks) / 32), 0)"
+                    " FROM pages WHERE snapshot = ?",
+                    (self._number,),
+                ).fetchone()
                 db.execute(
                     "UPDATE snapshots SET complete = 1, created_ns = ?, entries = ?, files = ?,"
                     " size = ?, chunks = ?, pages = ? WHERE number = ?",
@@ -127,43 +142,9 @@ class Draft:
             yield
             undo.pop_all()
 
-    def _check(self, entry: Entry, known: dict[bytes, int]) -> None:
-        check_next(self._last, entry)
-        if entry.sizes != tuple(known[id] for id in entry.chunks):
-            raise InvalidEntry(entry.path, "the chunks have other sizes")
 
-    def _take(self, entry: Entry) -> None:
-        self._packer.pack(
-            (
-                entry.path,
-                entry.kind.value,
-                entry.mode,
-                entry.mtime_ns,
-                entry.size,
-                entry.target,
-                entry.offset,
-                b"".join(entry.chunks),
-                entry.sizes,
-            )
-        )
-        self._last = entry
-        self._chunks += len(entry.chunks)
-        if entry.end == entry.size:  # not a part that others follow
-            self._entries += 1
-            self._files += entry.kind is Kind.FILE
-            self._size += entry.size
-        if len(self._packer.getbuffer()) >= PAGE_SIZE:
-            self._write_page()
-
-    def _write_page(self) -> None:
-        page = zstandard.compress(self._packer.bytes())
-        self._packer.reset()
-        with self._catalogue.writing() as db:
-            db.execute(
-                "INSERT INTO pages VALUES (?, ?, ?, ?)",
-                (self._number, self._pages, blake3(page).digest(), page),
-            )
-        self._pages += 1
+def _digest(page: Page) -> bytes:
+    return blake3(page.data).update(page.chunks).digest()
 
 
 class Snapshots:
@@ -174,9 +155,9 @@ class Snapshots:
         with catalogue.writing() as db:
             db.execute("DELETE FROM snapshots WHERE NOT complete")
 
-    def begin(self, name: str) -> Draft:
+    def begin(self, name: str, base: str = "") -> Draft:
         """Returns a new draft."""
-        return Draft(self._catalogue, name)
+        return Draft(self._catalogue, name, base)
 
     def all(self) -> list[Snapshot]:
         """Returns all snapshots, the oldest first."""
@@ -200,12 +181,12 @@ class Snapshots:
             raise UnknownSnapshot(f"the ids of {len(found)} snapshots begin with {reference}")
         raise UnknownSnapshot(f"no snapshot has the name or id {reference}")
 
-    def entries(self, id: str) -> Iterator[Entry]:
-        """Yields a snapshot's entries in the order of `scan`, one page of them in memory.
+    def pages(self, id: str) -> Iterator[Page]:
+        """Yields a snapshot's pages, one of them in memory.
 
         Raises:
             UnknownSnapshot: It is not, or no longer, there.
-            CatalogueError: Its entries are damaged.
+            CatalogueError: Its pages are damaged.
         """
         with self._catalogue.reading() as db:
             row: tuple[int, int] | None = db.execute(
@@ -214,21 +195,16 @@ class Snapshots:
         if row is None:
             raise UnknownSnapshot(f"no snapshot has the id {id}")
         number, pages = row
-        for page in range(pages):
-            yield from self._page(id, number, page)
-
-    def _page(self, id: str, number: int, page: int) -> Iterator[Entry]:
-        with self._catalogue.reading() as db:
-            row: tuple[bytes, bytes] | None = db.execute(
-                "SELECT digest, entries FROM pages WHERE snapshot = ? AND page = ?", (number, page)
-            ).fetchone()
-        if row is None or blake3(row[1]).digest() != row[0]:
-            raise CatalogueError(f"page {page} of snapshot {id} is missing or damaged")
-        unpacker = msgpack.Unpacker()
-        unpacker.feed(zstandard.decompress(row[1]))
-        for path, kind, mode, mtime_ns, size, target, offset, chunks, sizes in unpacker:
-            ids = tuple(chunks[at : at + ID_SIZE] for at in range(0, len(chunks), ID_SIZE))
-            yield Entry(path, Kind(kind), mode, mtime_ns, size, target, offset, ids, tuple(sizes))
+        for position in range(pages):
+            with self._catalogue.reading() as db:
+                found = db.execute(
+                    "SELECT digest, data, chunks, entries, files, size FROM pages"
+                    " WHERE snapshot = ? AND page = ?",
+                    (number, position),
+                ).fetchone()
+            if found is None or _digest(page := Page(*found[1:])) != found[0]:
+                raise CatalogueError(f"page {position} of snapshot {id} is missing or damaged")
+            yield page
 
     def _select(self, condition: str, *values: str) -> list[Snapshot]:
         query = f"SELECT {_COLUMNS} FROM snapshots WHERE complete AND {condition}"

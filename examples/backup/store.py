@@ -14,24 +14,19 @@ at once is stored once.
 import fcntl
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from .catalogue import Catalogue
-from .chunks import Chunk, Codec
+from .chunks import SEALED, Chunk, Codec
 from .errors import BackupError, PackError, StoreFailed, StoreLocked
 from .packs import PACK_LIMIT, Location, Packs, fsync_directory
+from .pages import Page
 from .snapshots import Draft, Snapshot, Snapshots
-from .tree import Entry
-
-# Entries that commit_snapshot adds at once.
-BATCH = 1000
-
 
 @dataclass
 class _Put:
@@ -58,6 +53,7 @@ class Store:
 
     def __init__(self, path: Path, *, pack_limit: int = PACK_LIMIT) -> None:
         path.mkdir(parents=True, exist_ok=True)
+        self._key = path / "key"
         with ExitStack() as stack:
             stack.enter_context(_locked(path / "lock"))
             self._packs = Packs(path / "packs", pack_limit)
@@ -97,7 +93,8 @@ class Store:
         """
         new = [chunks[position] for position in self.missing([chunk.id for chunk in chunks])]
         for chunk in new:
-            self._codec.decode(chunk)
+            if chunk.data[:1] != SEALED:
+                self._codec.decode(chunk)
         if not new:
             return 0
         put = _Put(new)
@@ -119,20 +116,9 @@ class Store:
         """
         return self._read(ids, self._catalogue.locate(ids))
 
-    def begin(self, name: str) -> Draft:
+    def begin(self, name: str, base: str = "") -> Draft:
         """Returns a new snapshot's draft, to be filled and committed, or else discarded."""
-        return self._snapshots.begin(name)
-
-    def commit_snapshot(self, name: str, entries: Iterable[Entry]) -> Snapshot:
-        """Makes a snapshot of these entries; see `Draft` for the errors."""
-        draft = self.begin(name)
-        try:
-            remaining = iter(entries)
-            while batch := list(islice(remaining, BATCH)):
-                draft.add(batch)
-            return draft.commit()
-        finally:
-            draft.discard()
+        return self._snapshots.begin(name, base)
 
     def snapshots(self) -> list[Snapshot]:
         """Returns all snapshots, the oldest first."""
@@ -146,14 +132,24 @@ class Store:
         """
         return self._snapshots.find(reference)
 
-    def entries(self, id: str) -> Iterator[Entry]:
-        """Yields the entries of the snapshot with this id.
+    def pages(self, id: str) -> Iterator[Page]:
+        """Yields the pages of the snapshot with this id.
 
         Raises:
             UnknownSnapshot: It is not there.
-            CatalogueError: Its entries are damaged.
+            CatalogueError: Its pages are damaged.
         """
-        return self._snapshots.entries(id)
+        return self._snapshots.pages(id)
+
+    def key(self) -> bytes:
+        try:
+            return self._key.read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def set_key(self, wrapped: bytes) -> None:
+        with self._key.open("xb") as file:
+            file.write(wrapped)
 
     def close(self) -> None:
         """Closes the store after the put that has the turn. A second call does nothing."""
