@@ -21,6 +21,10 @@ class PageError(BackupError):
     """A page of a snapshot is damaged, or encrypted with another key."""
 
 
+class CacheDamaged(BackupError):
+    """What the client remembers of the last backup contradicts itself."""
+
+
 class KeyRefused(BackupError):
     """There is no key, another one is there, or the passphrase is not the key's."""
 

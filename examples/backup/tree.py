@@ -243,8 +243,8 @@ def describe(root: bytes, found: Found) -> Entry:
 
 
 @contextmanager
-def opened(root: bytes, path: bytes) -> Iterator[tuple[int, Entry]]:
-    """Opens a file; yields its descriptor, and its entry as it now is, without its chunks.
+def opened(root: bytes, path: bytes) -> Iterator[tuple[int, Entry, os.stat_result]]:
+    """Opens a file; yields its descriptor, its entry without its chunks, and its status.
 
     Raises:
         OSError: It cannot be read, or is no regular file (any more).
@@ -256,7 +256,7 @@ def opened(root: bytes, path: bytes) -> Iterator[tuple[int, Entry]]:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(0, "no longer a regular file")
-        yield fd, _entry(path, status)._replace(xattrs=_xattrs(fd))
+        yield fd, _entry(path, status)._replace(xattrs=_xattrs(fd)), status
     finally:
         os.close(fd)
 
