@@ -33,8 +33,24 @@ class PackError(BackupError):
     """A pack file does not hold what the catalogue says it does."""
 
 
+class PackMissing(PackError):
+    """A pack is not there. Chunks that it had may have been moved to another one."""
+
+
 class CatalogueError(BackupError):
     """The catalogue is damaged, or was made by a version of this program that is newer."""
+
+
+class KeyExists(BackupError):
+    """The tenant has a key already, or backups that are not encrypted."""
+
+
+class Busy(BackupError):
+    """Another call is doing the same."""
+
+
+class TenantsError(BackupError):
+    """The file of tenants cannot be used, or a tenant's name is none."""
 
 
 class StoreLocked(BackupError):

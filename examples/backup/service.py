@@ -12,6 +12,8 @@ import druvarpc
 
 from .chunks import Chunk
 from .pages import Page
+from .reports import Checked, Collected, Usage
+from .retention import Rule, Verdict
 from .snapshots import Snapshot
 
 # Ids in one call. 4,096 of them are 139 KB, and take the catalogue some 20 ms.
@@ -90,6 +92,13 @@ class BackupStore(druvarpc.Service, name="backup.Store"):
         raise NotImplementedError
 
     @druvarpc.rpc(idempotent=True)
+    def hold(self) -> AsyncGenerator[None, None]:
+        """Yields None at once, and nothing more: until the call ends, no chunk that is there now
+        is removed. A restore holds what it reads while others forget snapshots and collect.
+        """
+        raise NotImplementedError
+
+    @druvarpc.rpc(idempotent=True)
     async def fetch(self, ids: list[bytes]) -> list[Chunk]:
         """Returns the chunks with these ids, in this order."""
         raise NotImplementedError
@@ -102,4 +111,52 @@ class BackupStore(druvarpc.Service, name="backup.Store"):
     @druvarpc.rpc
     async def set_key(self, wrapped: bytes) -> None:
         """Keeps the tenant's wrapped key. ALREADY_EXISTS if it has one."""
+        raise NotImplementedError
+
+    @druvarpc.rpc(idempotent=True)
+    def verify(self) -> AsyncGenerator[Checked, None]:
+        """Reads all that is stored; yields how far it is, and the damage found since the last time.
+
+        Of what was damaged, the snapshots and paths that need it come at the end. Goes on to the
+        end whatever it finds. The last one has `finished`.
+        """
+        raise NotImplementedError
+
+    @druvarpc.rpc
+    async def forget(self, snapshots: list[str]) -> list[Snapshot]:
+        """Removes snapshots, all or none; returns them. What only they needed stays until `gc`.
+
+        NOT_FOUND if one is not there. PERMISSION_DENIED to those who may only append.
+
+        Args:
+            snapshots: Ids or beginnings of them, or names for the newest of that name.
+        """
+        raise NotImplementedError
+
+    @druvarpc.rpc
+    async def forget_by_rule(self, rule: Rule, name: str, dry_run: bool) -> list[Verdict]:
+        """Removes the snapshots that a rule does not keep; returns what it says of each.
+
+        PERMISSION_DENIED to those who may only append.
+
+        Args:
+            rule: What to keep.
+            name: Of which snapshots; empty for all names, each by itself.
+            dry_run: Whether to remove none.
+        """
+        raise NotImplementedError
+
+    @druvarpc.rpc
+    def gc(self) -> AsyncGenerator[Collected, None]:
+        """Removes what no snapshot needs, while others back up and restore; yields how far it is.
+
+        What running backups and restores count on stays, to be removed the next time. Ended early,
+        it leaves the rest to the next time. FAILED_PRECONDITION if another one is running,
+        PERMISSION_DENIED to those who may only append.
+        """
+        raise NotImplementedError
+
+    @druvarpc.rpc(idempotent=True)
+    async def usage(self) -> Usage:
+        """Returns what is stored, and what the server has taken for it."""
         raise NotImplementedError
