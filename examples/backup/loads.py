@@ -6,13 +6,16 @@ threads. What occurs again soon is fetched once: a load may *borrow* contents of
 are kept for as long as the planner remembers them or a load has borrowed them.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .chunks import LIMIT
 from .errors import InvalidEntry
-from .tree import HOLE, Entry, Kind
+from .output import Output
+from .target import Target
+from .tree import HOLE, Entry
 
 # Content that is fetched by one call: see `service.MAX_FETCH`.
 FETCH_SIZE = 1024 * 1024
@@ -34,12 +37,56 @@ class Slice:
         start: The index of the first chunk.
         stop: The index after the last.
         offset: Where in the file the first chunk begins, in bytes.
+        spread: The file, if it is not all in this slice.
     """
 
     entry: Entry
     start: int
     stop: int
     offset: int
+    spread: "Spread | None" = None
+
+
+class Spread:
+    """A file whose content is in several slices, which any threads write in any order.
+
+    Args:
+        entry: The file's first part.
+    """
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self._lock = threading.Lock()
+        self._output: Output | None = None
+        self._last: Entry | None = None
+        self._written = 0
+
+    def end(self, last: Entry) -> None:
+        """Takes the file's last part, before the last slice is written."""
+        self._last = last
+
+    def output(self, target: Target) -> Output:
+        """Returns the file, made by whoever comes first."""
+        with self._lock:
+            if self._output is None:
+                self._output = target.open(self.entry)
+            return self._output
+
+    def written(self, size: int) -> Entry | None:
+        """Counts what was written; finishes the file and returns its entry if that was all."""
+        with self._lock:
+            self._written += size
+            last = self._last
+            if last is None or self._output is None or self._written < last.size:
+                return None
+            self._output.finish(last)
+            return last
+
+    def close(self) -> None:
+        """Leaves the file as it is, if it is not finished."""
+        with self._lock:
+            if self._output is not None:
+                self._output.close()
 
 
 @dataclass(eq=False)
@@ -71,6 +118,7 @@ class Planner:
 
     def __init__(self) -> None:
         self._load = Load()
+        self._spread: Spread | None = None
         self._kept: OrderedDict[bytes, tuple[int, Load]] = OrderedDict()
         self._kept_size = 0
 
@@ -80,7 +128,8 @@ class Planner:
         Raises:
             InvalidEntry: A chunk is too large, or has another size than before.
         """
-        assert entry.kind is Kind.FILE
+        if entry.offset == 0:
+            self._spread = None if entry.complete else Spread(entry)
         start, begin = 0, entry.offset
         end = begin
         for index, (id, size) in enumerate(zip(entry.chunks, entry.sizes, strict=True)):
@@ -89,14 +138,20 @@ class Planner:
                     raise InvalidEntry(entry.path, f"a chunk of more than {LIMIT} bytes")
                 if self._load.size + size > FETCH_SIZE and self._load.size:
                     if index > start:
-                        self._load.slices.append(Slice(entry, start, index, begin))
+                        self._spread = self._spread or Spread(entry)
+                        self._slice(entry, start, index, begin)
                     yield self._next_load()
                     start, begin = index, end
                 self._want(entry, id, size)
             end += size
-        self._load.slices.append(Slice(entry, start, len(entry.chunks), begin))
+        if entry.complete and self._spread:
+            self._spread.end(entry)
+        self._slice(entry, start, len(entry.chunks), begin)
         if len(self._load.slices) >= LOAD_ENTRIES:
             yield self._next_load()
+
+    def _slice(self, entry: Entry, start: int, stop: int, offset: int) -> None:
+        self._load.slices.append(Slice(entry, start, stop, offset, self._spread))
 
     def finish(self) -> Load:
         """Returns the last load, which may be empty."""

@@ -110,6 +110,10 @@ class StoreService(BackupStore):
         except FileExistsError as error:
             raise RpcError(Status.ALREADY_EXISTS, "there is a key already") from error
 
+    async def hold(self) -> AsyncGenerator[None, None]:
+        yield None
+        await trio.sleep_forever()
+
     async def fetch(self, ids: list[bytes]) -> list[Chunk]:
         _check_count(ids)
         return await _in_thread(self._fetch, ids, limiter=self._reads)

@@ -83,8 +83,8 @@ class Target:
         self._rules = rules or Rules()
         self._report = report
         self._lock = threading.Lock()
-        self._directories = Spool()
-        self._links = Spool()
+        self._directories = Spool(Entry)
+        self._links = Spool(Entry)
         self._local = threading.local()
         self._parents: list[_Parents] = []
 
