@@ -13,6 +13,14 @@ class BackupError(Exception):
     """The base of all errors of this package."""
 
 
+class BadAddress(BackupError):
+    """What was given as a server's URL is none."""
+
+
+class Interrupted(BackupError):
+    """A signal told the process to stop."""
+
+
 class ChunkError(BackupError):
     """A chunk is not what its id and its size say."""
 

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 from .chunks import LIMIT
 from .errors import InvalidEntry
@@ -119,6 +120,7 @@ class Planner:
     def __init__(self) -> None:
         self._load = Load()
         self._spread: Spread | None = None
+        self._spreads: WeakSet[Spread] = WeakSet()
         self._kept: OrderedDict[bytes, tuple[int, Load]] = OrderedDict()
         self._kept_size = 0
 
@@ -129,7 +131,7 @@ class Planner:
             InvalidEntry: A chunk is too large, or has another size than before.
         """
         if entry.offset == 0:
-            self._spread = None if entry.complete else Spread(entry)
+            self._spread = None if entry.complete else self._new_spread(entry)
         start, begin = 0, entry.offset
         end = begin
         for index, (id, size) in enumerate(zip(entry.chunks, entry.sizes, strict=True)):
@@ -138,7 +140,7 @@ class Planner:
                     raise InvalidEntry(entry.path, f"a chunk of more than {LIMIT} bytes")
                 if self._load.size + size > FETCH_SIZE and self._load.size:
                     if index > start:
-                        self._spread = self._spread or Spread(entry)
+                        self._spread = self._spread or self._new_spread(entry)
                         self._slice(entry, start, index, begin)
                     yield self._next_load()
                     start, begin = index, end
@@ -149,6 +151,16 @@ class Planner:
         self._slice(entry, start, len(entry.chunks), begin)
         if len(self._load.slices) >= LOAD_ENTRIES:
             yield self._next_load()
+
+    def close(self) -> None:
+        """Closes files that were begun and not finished."""
+        for spread in self._spreads:
+            spread.close()
+
+    def _new_spread(self, entry: Entry) -> Spread:
+        spread = Spread(entry)
+        self._spreads.add(spread)
+        return spread
 
     def _slice(self, entry: Entry, start: int, stop: int, offset: int) -> None:
         self._load.slices.append(Slice(entry, start, stop, offset, self._spread))

@@ -145,6 +145,10 @@ class Plan:
         """Returns the last load, which may be empty."""
         return self._planner.finish()
 
+    def close(self) -> None:
+        """Closes files that were begun and not finished."""
+        self._planner.close()
+
     def _take(self, entry: Entry) -> Iterator[Load]:
         if entry.kind is not Kind.FILE:
             self._target.add(entry)

@@ -155,6 +155,7 @@ class _Run:
                 self._codec,
                 check_contents=self._options.check_contents,
             )
+            stack.callback(plan.close)
             self._watch(plan.progress)
             # What is in the channel is bounded by the free loads, so it never needs to be full.
             wanted, to_fetch = trio.open_memory_channel[Load](LOADS)
