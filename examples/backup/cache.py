@@ -17,7 +17,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from struct import Struct
@@ -28,7 +28,7 @@ import msgspec
 from blake3 import blake3
 
 from .crypt import Box
-from .errors import PageError
+from .errors import CacheDamaged, PageError
 from .pages import Page, decode
 from .tree import Entry, Found, order
 
@@ -48,13 +48,15 @@ class Stat(NamedTuple):
 
     Attributes:
         path: The entry's path.
-        parts: The number of entries that it has.
+        parts: The number of entries that it has in this page.
+        more: Whether it goes on in the next page.
         link: What it is a hard link of.
         facts: Of `lstat`; none if they do not tell.
     """
 
     path: bytes
     parts: int
+    more: bool
     link: bytes
     facts: tuple[int, ...]
 
@@ -122,12 +124,12 @@ class LastSnapshot:
                 head = self._file.read(len(MAGIC) + ID_SIZE)
                 if head[: len(MAGIC)] == MAGIC and len(head) == len(MAGIC) + ID_SIZE:
                     self.snapshot = head[len(MAGIC) :].hex()
-        self._stream = self._read() if self.snapshot else iter(())
-        self._next = next(self._stream, None)
-        self._order = order(self._next.stat.path) if self._next else []
         # Pages that entries may still be asked of: the one being walked through.
         self._records: dict[int, tuple[bytes, Record]] = {}
         self._entries: tuple[int, list[Entry]] = -1, []
+        self._stream = self._read() if self.snapshot else iter(())
+        self._next = next(self._stream, None)
+        self._order = order(self._next.stat.path) if self._next else []
 
     def __enter__(self) -> Self:
         return self
@@ -141,21 +143,150 @@ class LastSnapshot:
         if self._file is not None:
             self._file.close()
 
-    def find(self, found: Found) -> Known | None:
-        """Returns what is known of what was found if that is the same; else None.
+    def find(self, found: Found) -> list[Known]:
+        """Returns what is known of what was found: nothing if it is not the same.
+
+        Several if its entries are in several pages.
 
         Args:
             found: Later in the order of entries than those asked for before.
         """
         known = self._next
         if known is None:
-            return None
+            return []
         if known.stat.path != found.path:
             wanted = order(found.path)
             while known is not None and self._order < wanted:
                 known = self._advance()
             if known is None or known.stat.path != found.path:
-                return None
-        self._advance()
-        same = known.stat.facts == facts(found.status) and known.stat.link == found.link
-        return known if same else None
+                return []
+        now = facts(found.status)
+        pieces = []
+        while known is not None and known.stat.path == found.path:
+            pieces.append(known)
+            known = self._advance()
+        same = all(p.stat.facts == now and p.stat.link == found.link for p in pieces)
+        return pieces if same and not pieces[-1].stat.more else []
+
+    def is_whole(self, page: int, entries: Sequence[Entry | Known]) -> bool:
+        """Whether these are all the entries of a page."""
+        # They are in ascending order, and what is known is of this page.
+        return len(entries) == len(self._records[page][1].stats) and all(
+            isinstance(entry, Known) for entry in entries
+        )
+
+    def raw(self, page: int) -> bytes:
+        """Returns the record of a page, to be written to the next cache."""
+        return self._records[page][0]
+
+    def entries(self, known: Known) -> list[Entry]:
+        """Returns the entries of what is known in its page.
+
+        Raises:
+            CacheDamaged: The page is not what the cache says.
+        """
+        if self._entries[0] != known.page:
+            page = self._records[known.page][1].page
+            try:
+                self._entries = known.page, decode(page.data, page.chunks, self._box)
+            except PageError as error:
+                raise CacheDamaged(str(error)) from error
+        before = sum(stat.parts for stat in self._records[known.page][1].stats[: known.index])
+        found = self._entries[1][before : before + known.stat.parts]
+        if not found or any(entry.path != known.stat.path for entry in found):
+            raise CacheDamaged("an entry is not where it should be")
+        return found
+
+    def forget(self, page: int) -> None:
+        """Lets go of this page and those before it, unless more of it is to come."""
+        for number in [number for number in self._records if number <= page]:
+            if self._next is None or number < self._next.page:
+                del self._records[number]
+
+    def _advance(self) -> Known | None:
+        self._next = next(self._stream, None)
+        if self._next is not None:
+            self._order = order(self._next.stat.path)
+        return self._next
+
+    def _read(self) -> Iterator[Known]:
+        assert self._file is not None
+        number = 0
+        with suppress(OSError, msgspec.MsgspecError):
+            while len(head := self._file.read(_RECORD.size)) == _RECORD.size:
+                length, digest = _RECORD.unpack(head)
+                if length > MAX_RECORD:
+                    return
+                data = self._file.read(length)
+                if blake3(data).digest(16) != digest:
+                    return
+                record = _decode_record(data)
+                self._records[number] = data, record
+                for index, stat in enumerate(record.stats):
+                    yield Known(number, index, stat)
+                number += 1
+
+
+class NextCache:
+    """The cache that a backup leaves.
+
+    Args:
+        path: Where it will be; nothing is written if there is none.
+        clock: Nanoseconds since 1970.
+    """
+
+    def __init__(self, path: Path | None, clock: Callable[[], int] = time.time_ns) -> None:
+        self._path = path
+        self._clock = clock
+        self._file = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._new = path.with_name(f"{path.name}.{os.getpid()}.new")
+            fd = os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            self._file = os.fdopen(fd, "wb")
+            self._file.write(MAGIC + bytes(ID_SIZE))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            with suppress(FileNotFoundError):
+                self._new.unlink()
+
+    def stat(self, found: Found) -> Stat:
+        """Returns what will tell if an entry is the same.
+
+        Args:
+            found: The entry, not opened yet. What changes it from now on changes its times.
+        """
+        status = found.status
+        settled = max(status.st_ctime_ns, status.st_mtime_ns) < self._clock() - SETTLED
+        # Nothing of a directory is read but this status.
+        sure = settled or stat.S_ISDIR(status.st_mode)
+        return Stat(found.path, 1, False, found.link, facts(status) if sure else ())
+
+    def add(self, stats: list[Stat], page: Page) -> None:
+        """Adds the next page."""
+        if self._file is not None:
+            self.copy(_encode_record((stats, page)))
+
+    def copy(self, record: bytes) -> None:
+        """Adds the next page, as a record of the last cache."""
+        if self._file is not None:
+            self._file.write(_RECORD.pack(len(record), blake3(record).digest(16)))
+            self._file.write(record)
+
+    def keep(self, snapshot: str) -> None:
+        """Puts it in its place, as that of this snapshot."""
+        if self._file is not None and self._path is not None:
+            self._file.seek(len(MAGIC))
+            self._file.write(bytes.fromhex(snapshot))
+            self._file.close()
+            self._new.replace(self._path)

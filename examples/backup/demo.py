@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import tree
-from .cli import size
+from .progress import size
 from .errors import display
 from .tree import Entry, Kind, Skipped
 

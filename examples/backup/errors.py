@@ -13,12 +13,24 @@ class BackupError(Exception):
     """The base of all errors of this package."""
 
 
+class BadAddress(BackupError):
+    """What was given as a server's URL is none."""
+
+
+class Interrupted(BackupError):
+    """A signal told the process to stop."""
+
+
 class ChunkError(BackupError):
     """A chunk is not what its id and its size say."""
 
 
 class PageError(BackupError):
     """A page of a snapshot is damaged, or encrypted with another key."""
+
+
+class CacheDamaged(BackupError):
+    """What the client remembers of the last backup contradicts itself."""
 
 
 class KeyRefused(BackupError):

@@ -243,8 +243,8 @@ def describe(root: bytes, found: Found) -> Entry:
 
 
 @contextmanager
-def opened(root: bytes, path: bytes) -> Iterator[tuple[int, Entry]]:
-    """Opens a file; yields its descriptor, and its entry as it now is, without its chunks.
+def opened(root: bytes, path: bytes) -> Iterator[tuple[int, Entry, os.stat_result]]:
+    """Opens a file; yields its descriptor, its entry without its chunks, and its status.
 
     Raises:
         OSError: It cannot be read, or is no regular file (any more).
@@ -256,7 +256,7 @@ def opened(root: bytes, path: bytes) -> Iterator[tuple[int, Entry]]:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(0, "no longer a regular file")
-        yield fd, _entry(path, status)._replace(xattrs=_xattrs(fd))
+        yield fd, _entry(path, status)._replace(xattrs=_xattrs(fd)), status
     finally:
         os.close(fd)
 
@@ -370,3 +370,15 @@ _KINDS = {
     stat.S_IFBLK: Kind.BLOCK_DEVICE,
     stat.S_IFCHR: Kind.CHARACTER_DEVICE,
 }
+
+
+def measure(
+    root: bytes, excluded: Callable[[bytes, bool], bool] | None = None
+) -> tuple[int, int]:
+    """Returns how many files are in a directory, and their size in bytes, as far as can be seen."""
+    files = size = 0
+    for found in scan(root, excluded):
+        if isinstance(found, Found) and stat.S_ISREG(found.status.st_mode):
+            files += 1
+            size += found.status.st_size
+    return files, size
