@@ -132,10 +132,6 @@ class StoreService(BackupStore):
                     with trio.CancelScope(shield=True):
                         await _in_thread(stack.close, limiter=self._reads)
 
-    async def hold(self) -> AsyncGenerator[None, None]:
-        yield None
-        await trio.sleep_forever()
-
     async def fetch(self, ids: list[bytes]) -> list[Chunk]:
         _check_count(ids)
         async with self._opened() as store:
