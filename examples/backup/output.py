@@ -1,6 +1,5 @@
 """Files that are being restored, and the attributes that entries get."""
 
-import errno
 import grp
 import os
 import pwd
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from .errors import RestoreError
-from .tree import HOLE, Entry, Kind, Skipped
+from .tree import Entry, Skipped
 
 _SPECIAL = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 _CAPABILITY = b"security.capability"

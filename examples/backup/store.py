@@ -28,6 +28,7 @@ from .packs import PACK_LIMIT, Location, Packs, fsync_directory
 from .pages import Page
 from .snapshots import Draft, Snapshot, Snapshots
 
+
 @dataclass
 class _Put:
     """Chunks that wait to be stored; then how many were new, or why they are not stored."""

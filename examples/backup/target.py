@@ -18,7 +18,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -254,7 +253,8 @@ class Target:
             source = os.dup(self._parent(names))
             try:
                 self._replacing(
-                    name, parent,
+                    name,
+                    parent,
                     lambda: os.link(
                         names[-1], name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False
                     ),
@@ -269,9 +269,7 @@ class Target:
         times = (entry.mtime_ns, entry.mtime_ns)
         if self._rules.owner:
             with suppress(PermissionError):
-                os.chown(
-                    name, *self._rules.owner_of(entry), dir_fd=parent, follow_symlinks=False
-                )
+                os.chown(name, *self._rules.owner_of(entry), dir_fd=parent, follow_symlinks=False)
         os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
 
     def _replacing(self, name: bytes, parent: int, make: Callable[[], None]) -> None:
