@@ -84,6 +84,18 @@ class Page(NamedTuple):
         ids.discard(HOLE)
         return ids
 
+    @property
+    def references(self) -> int:
+        """How many chunks the entries are made of, each counted as often as it occurs."""
+        chunks = self.chunks
+        ids = (chunks[at : at + ID_SIZE] for at in range(0, len(chunks), ID_SIZE))
+        return sum(id != HOLE for id in ids)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether it says that it is encrypted."""
+        return self.data[:1] == _SEALED
+
 
 def weight(entry: Entry) -> int:
     """Returns about how many bytes an entry takes."""
@@ -103,20 +115,23 @@ def encode(entries: Iterable[Entry], box: Box | None = None) -> Page:
         entries: The entries, in order.
         box: Seals the page, if there is one.
     """
-    rows: list[object] = []
-    ids: list[bytes] = []
+    entries = list(entries)
+    rows = [entry[:7] + entry[8:] for entry in entries]
+    chunks = b"".join(id for entry in entries for id in entry.chunks)
+    data = zstandard.ZstdCompressor(level=3).compress(_encode_rows(rows))
+    sealed = _COMPRESSED + data if box is None else _SEALED + box.seal(data, chunks)
+    return Page(sealed, chunks, *sums(entries))
+
+
+def sums(entries: Iterable[Entry]) -> tuple[int, int, int]:
+    """Returns what a page of these entries says of them: how many, how many files, their size."""
     count = files = size = 0
     for entry in entries:
-        rows.append(entry[:7] + entry[8:])
-        ids.extend(entry.chunks)
         if entry.complete:
             count += 1
             files += entry.kind is Kind.FILE
             size += entry.size
-    chunks = b"".join(ids)
-    data = zstandard.ZstdCompressor(level=3).compress(_encode_rows(rows))
-    sealed = _COMPRESSED + data if box is None else _SEALED + box.seal(data, chunks)
-    return Page(sealed, chunks, count, files, size)
+    return count, files, size
 
 
 def decode(data: bytes, chunks: bytes, box: Box | None = None) -> list[Entry]:
