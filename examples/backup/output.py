@@ -97,7 +97,7 @@ class Output:
         entry = (last or self._entry)._replace(xattrs=self._entry.xattrs)
         try:
             # The length alone would not show what is missing.
-            if self._written != size or self._end > size:
+            if self._written != size or self._end != size:
                 raise RestoreError(
                     entry.path,
                     f"{self._written} bytes written, up to {self._end}; it has {size}",

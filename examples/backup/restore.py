@@ -181,12 +181,13 @@ class _Run:
         # Seen again only if hard links are restored without the file they are links of.
         seen = Spool[Page](Page)
         with seen:
-            if first is not None:
-                async for page in _chain(first, pages):
-                    if self._options.paths:
-                        await trio.to_thread.run_sync(seen.append, page)
-                    for load in await self._in_thread(plan.add, page):
-                        await send(load)
+            page = first
+            while page is not None:
+                if self._options.paths:
+                    await trio.to_thread.run_sync(seen.append, page)
+                for load in await self._in_thread(plan.add, page):
+                    await send(load)
+                page = await anext(pages, None)
             if plan.end():
                 for page in seen:
                     for load in await self._in_thread(plan.adopt, page):
@@ -275,9 +276,3 @@ class _Run:
         with self._lock:
             self.reported += 1
             self._watch(skipped)
-
-
-async def _chain(first: Page, rest: AsyncIterator[Page]) -> AsyncIterator[Page]:
-    yield first
-    async for page in rest:
-        yield page
