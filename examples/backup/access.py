@@ -14,8 +14,8 @@ import trio
 import druvarpc
 from druvarpc import RpcError, Status
 
-from .errors import BackupError, BadAddress, Interrupted, KeyRefused
 from .crypt import Keys, new_key, unwrap
+from .errors import BackupError, BadAddress, Interrupted, KeyRefused
 from .service import BackupStore
 
 T = TypeVar("T")

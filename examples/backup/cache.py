@@ -94,12 +94,12 @@ class Known(NamedTuple):
 
     Attributes:
         page: The number of its page.
-        index: Its number in the page.
+        position: Its number in the page.
         stat: What told if it was the same.
     """
 
     page: int
-    index: int
+    position: int
     stat: Stat
 
 
@@ -191,7 +191,7 @@ class LastSnapshot:
                 self._entries = known.page, decode(page.data, page.chunks, self._box)
             except PageError as error:
                 raise CacheDamaged(str(error)) from error
-        before = sum(stat.parts for stat in self._records[known.page][1].stats[: known.index])
+        before = sum(stat.parts for stat in self._records[known.page][1].stats[: known.position])
         found = self._entries[1][before : before + known.stat.parts]
         if not found or any(entry.path != known.stat.path for entry in found):
             raise CacheDamaged("an entry is not where it should be")

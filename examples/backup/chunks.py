@@ -149,6 +149,8 @@ class Compression(NamedTuple):
     probe: bool = True
 
 
+AUTO = Compression()
+
 LEVELS = {"none": (0, 0, 0), "zstd": (1, 19, 3), "zlib": (0, 9, 6), "lzma": (0, 9, 6)}
 
 
@@ -161,7 +163,7 @@ def compression_of(text: str) -> Compression:
         BackupError: It is none of these.
     """
     if text == "auto":
-        return Compression()
+        return AUTO
     algorithm, _, level = text.partition(":")
     if algorithm not in LEVELS:
         raise BackupError(f"no compression {text}: auto, none, zstd:LEVEL, zlib:LEVEL, lzma:LEVEL")
@@ -183,7 +185,7 @@ class Codec:
     """
 
     def __init__(self, compression: Compression | None = None, keys: Keys | None = None) -> None:
-        self._compression = compression or Compression()
+        self._compression = compression or AUTO
         self._box = keys.chunks if keys else None
         self.id: Callable[[bytes | memoryview], bytes] = keys.id if keys else chunk_id
         # zstd's contexts serve one thread at a time, and are too expensive to make for each chunk.

@@ -52,7 +52,10 @@ def _server_options(command: F) -> F:
 
 
 json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print JSON objects, one a line; the last one tells all."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print JSON, one object a line; the last tells all.",
 )
 
 
@@ -121,8 +124,9 @@ def backup(
 ) -> None:
     """Back up the directory PATH."""
     from . import commands
+    from .access import Access
 
-    access = commands.Access(server, token_file, passphrase_file, cache)
+    access = Access(server, token_file, passphrase_file, cache)
     request = commands.BackupRequest(
         path, name, exclude, exclude_from, compression, encrypt, not no_cache
     )
@@ -161,11 +165,10 @@ def restore_command(
     Files that are there and equal are left alone; others that are in the way are replaced.
     """
     from . import commands
+    from .access import Access
 
-    access = commands.Access(server, token_file, passphrase_file, cache)
-    request = commands.RestoreRequest(
-        snapshot, dest, paths, check_contents, owner, setuid, devices
-    )
+    access = Access(server, token_file, passphrase_file, cache)
+    request = commands.RestoreRequest(snapshot, dest, paths, check_contents, owner, setuid, devices)
     if reported := commands.restore(access, request, as_json):
         fail(f"{reported} skipped, all else is restored")
 
@@ -182,8 +185,9 @@ def snapshots(
 ) -> None:
     """List the snapshots, the oldest first."""
     from . import listings
+    from .access import Access
 
-    listings.snapshots(listings.Access(server, token_file, passphrase_file, cache), as_json)
+    listings.snapshots(Access(server, token_file, passphrase_file, cache), as_json)
 
 
 @cli.command()
@@ -202,8 +206,9 @@ def ls(
 ) -> None:
     """List what is in SNAPSHOT."""
     from . import listings
+    from .access import Access
 
-    access = listings.Access(server, token_file, passphrase_file, cache)
+    access = Access(server, token_file, passphrase_file, cache)
     listings.entries(access, snapshot, paths, as_json)
 
 
@@ -223,8 +228,9 @@ def diff(
 ) -> None:
     """Show what differs between the snapshots BEFORE and AFTER."""
     from . import listings
+    from .access import Access
 
-    access = listings.Access(server, token_file, passphrase_file, cache)
+    access = Access(server, token_file, passphrase_file, cache)
     listings.differences(access, before, after, as_json)
 
 
@@ -240,8 +246,9 @@ def stats(
 ) -> None:
     """Show what is stored, and what it took."""
     from . import listings
+    from .access import Access
 
-    listings.usage(listings.Access(server, token_file, passphrase_file, cache), as_json)
+    listings.usage(Access(server, token_file, passphrase_file, cache), as_json)
 
 
 @cli.command()
@@ -256,8 +263,9 @@ def verify(
 ) -> None:
     """Read all that is stored, and report damage."""
     from . import upkeep
+    from .access import Access
 
-    if found := upkeep.verify(upkeep.Access(server, token_file, passphrase_file, cache), as_json):
+    if found := upkeep.verify(Access(server, token_file, passphrase_file, cache), as_json):
         fail(f"{found} damaged")
 
 
@@ -289,8 +297,9 @@ def forget(
 ) -> None:
     """Forget SNAPSHOTs (ids, or names for their newest), or those that a rule does not keep."""
     from . import upkeep
+    from .access import Access
 
-    access = upkeep.Access(server, token_file, passphrase_file, cache)
+    access = Access(server, token_file, passphrase_file, cache)
     keep = (keep_last, keep_daily, keep_weekly, keep_monthly, keep_yearly)
     if any(keep) == bool(snapshot):
         raise click.UsageError("forget needs either snapshots or a rule: --keep-last, --keep-daily")
@@ -314,8 +323,9 @@ def gc(
 ) -> None:
     """Remove what no snapshot needs any more."""
     from . import upkeep
+    from .access import Access
 
-    upkeep.collect(upkeep.Access(server, token_file, passphrase_file, cache), as_json)
+    upkeep.collect(Access(server, token_file, passphrase_file, cache), as_json)
 
 
 def main() -> None:

@@ -30,8 +30,8 @@ import druvarpc
 from druvarpc import Status
 
 from .cache import LastSnapshot, NextCache
-from .chunks import Chunk, Codec, Compression
-from .crypt import Keys
+from .chunks import AUTO, Chunk, Codec, Compression
+from .crypt import Keys, page_box
 from .errors import BackupError, CacheDamaged
 from .reader import Batch, Progress, Reader
 from .service import BackupStore, Piece
@@ -61,7 +61,7 @@ class Options:
     """
 
     cache: Path | None = None
-    compression: Compression = Compression()
+    compression: Compression = AUTO
     keys: Keys | None = None
     excluded: Callable[[bytes, bool], bool] | None = None
     attempts: int = 1
@@ -194,7 +194,7 @@ class _Run:
         self.skipped = 0
 
     async def run(self, root: bytes, name: str, use_cache: bool) -> Snapshot:
-        cache, box = self._options.cache, self._options.keys and self._options.keys.pages
+        cache, box = self._options.cache, page_box(self._options.keys)
         with LastSnapshot(cache if use_cache else None, box) as last, NextCache(cache) as following:
             self.based = bool(last.snapshot)
             snapshot = await self._stages(root, name, last, following)
@@ -210,10 +210,14 @@ class _Run:
         missing, to_encode = trio.open_memory_channel[_Put](0)
         encoded, to_put = trio.open_memory_channel[_Put](0)
         options = self._options
-        box = options.keys.pages if options.keys else None
         reader = Reader(
-            *(root, lambda batch: trio.from_thread.run(self._deliver, batch, batches, offers)),
-            *(self._codec, box, last, following, options.excluded),
+            root,
+            lambda batch: trio.from_thread.run(self._deliver, batch, batches, offers),
+            self._codec,
+            page_box(options.keys),
+            last,
+            following,
+            options.excluded,
         )
         self._watch(reader.progress)
         async with trio.open_nursery() as nursery:
@@ -252,9 +256,10 @@ class _Run:
     async def _commit(
         self, name: str, base: str, pieces: AsyncGenerator[list[Piece], None]
     ) -> Snapshot:
-        made = None
+        made: Snapshot | None = None
         async with aclosing(self._store.commit(name, base, pieces)) as answers:
-            async for made in answers:
+            async for answer in answers:
+                made = answer
                 self._begun.set()
         if made is None:
             raise BackupError("the server made no snapshot")

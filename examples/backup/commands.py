@@ -143,9 +143,7 @@ def restore(access: Access, request: RestoreRequest, as_json: bool) -> int:
     cpu = cpu_seconds()
     if as_json:
         print(
-            json.dumps(
-                {**asdict(did), "cpu_seconds": round(cpu, 4), "seconds": round(seconds, 4)}
-            )
+            json.dumps({**asdict(did), "cpu_seconds": round(cpu, 4), "seconds": round(seconds, 4)})
         )
     else:
         print(

@@ -92,6 +92,11 @@ class Keys:
         return blake3(content, key=self._id_key).digest()
 
 
+def page_box(keys: Keys | None) -> Box | None:
+    """Returns what seals pages, if there are keys."""
+    return None if keys is None else keys.pages
+
+
 class Wrapped(msgspec.Struct, array_like=True, frozen=True):
     """A master key, encrypted, as the server keeps it.
 
@@ -145,5 +150,3 @@ def _stretched(passphrase: bytes, salt: bytes, cost: int, block: int) -> bytes:
 
 def _derived(master: bytes, use: str) -> bytes:
     return blake3(master, derive_key_context=_CONTEXT + use).digest()
-
-

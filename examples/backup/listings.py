@@ -10,13 +10,12 @@ import druvarpc
 from . import compare
 from .access import Access, keys, run
 from .commands import per_core
+from .crypt import page_box
 from .errors import display
 from .plan import Selection
 from .progress import size
 from .service import BackupStore
 from .tree import Entry
-
-__all__ = ["Access", "differences", "entries", "snapshots", "usage"]
 
 SIGNS = {"added": "+", "removed": "-", "content": "M", "attributes": "U", "kind": "T"}
 
@@ -42,7 +41,7 @@ def entries(access: Access, snapshot: str, paths: tuple[bytes, ...], as_json: bo
         found = await keys(access, client)
         selection = Selection(paths)
         count = 0
-        async with aclosing(compare.items(client, snapshot, found and found.pages)) as items:
+        async with aclosing(compare.items(client, snapshot, page_box(found))) as items:
             async for entry, _ in items:
                 if selection.takes(entry.path):
                     count += 1
@@ -59,7 +58,7 @@ def differences(access: Access, before: str, after: str, as_json: bool) -> None:
 
     async def act(client: druvarpc.Client) -> None:
         found = await keys(access, client)
-        box = found and found.pages
+        box = page_box(found)
         counts = dict.fromkeys(SIGNS, 0)
         async with aclosing(compare.differences(client, before, after, box)) as changes:
             async for path, change, old, new in changes:

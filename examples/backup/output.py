@@ -1,6 +1,5 @@
 """Files that are being restored, and the attributes that entries get."""
 
-import errno
 import grp
 import os
 import pwd
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from .errors import RestoreError
-from .tree import HOLE, Entry, Kind, Skipped
+from .tree import Entry, Skipped
 
 _SPECIAL = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 _CAPABILITY = b"security.capability"
@@ -98,7 +97,7 @@ class Output:
         entry = (last or self._entry)._replace(xattrs=self._entry.xattrs)
         try:
             # The length alone would not show what is missing.
-            if self._written != size or self._end > size:
+            if self._written != size or self._end != size:
                 raise RestoreError(
                     entry.path,
                     f"{self._written} bytes written, up to {self._end}; it has {size}",

@@ -25,7 +25,7 @@ from .tree import HOLE, Entry, Kind
 CUT_MASK = 0x7F
 MAX_ENTRIES = 1000
 
-# Entries of one page, roughly, in bytes: paths, chunk ids, attributes. One entry has at most 110 KB.
+# Entries of one page, roughly, in bytes: paths, chunk ids, attributes. An entry has at most 110 KB.
 MAX_WEIGHT = 256 * 1024
 
 # What a client allocates for a page, at most. Twice what the largest one needs.
@@ -33,11 +33,27 @@ LIMIT = 1024 * 1024
 
 _COMPRESSED, _SEALED = b"\1", b"\2"
 
-# As in Entry, but without the chunks' ids.
-_Row = tuple[
-    *(bytes, Kind, int, int, int, bytes, int, tuple[int, ...], int, int, str, str, bytes),
-    *(tuple[tuple[bytes, bytes], ...], int),
-]
+
+class _Row(NamedTuple):
+    """An entry, without its chunks' ids."""
+
+    path: bytes
+    kind: Kind
+    mode: int
+    mtime_ns: int
+    size: int
+    target: bytes
+    offset: int
+    sizes: tuple[int, ...]
+    uid: int
+    gid: int
+    user: str
+    group: str
+    link: bytes
+    xattrs: tuple[tuple[bytes, bytes], ...]
+    device: int
+
+
 _decode_rows = msgspec.msgpack.Decoder(list[_Row]).decode
 _encode_rows = msgspec.msgpack.Encoder().encode
 
@@ -145,9 +161,9 @@ def decode(data: bytes, chunks: bytes, box: Box | None = None) -> list[Entry]:
     entries: list[Entry] = []
     at = 0
     for row in rows:
-        end = at + len(row[7]) * ID_SIZE
+        end = at + len(row.sizes) * ID_SIZE
         ids = tuple(chunks[i : i + ID_SIZE] for i in range(at, end, ID_SIZE))
-        entries.append(Entry(*row[:7], ids, *row[7:]))
+        entries.append(Entry._make((*row[:7], ids, *row[7:])))
         at = end
     if at != len(chunks):
         raise PageError("a page with other chunks than its entries name")

@@ -23,20 +23,20 @@ class Restoring:
 
     Attributes:
         files: Files that are as they should be.
-        bytes: Their content, in bytes.
+        size: Their size, in bytes.
         unchanged: How many of them were so before.
         path: The last one.
     """
 
     files: int = 0
-    bytes: int = 0
+    size: int = 0
     unchanged: int = 0
     path: bytes = b""
 
     def count(self, entry: Entry) -> None:
         """Counts a file."""
         self.files += 1
-        self.bytes += entry.size
+        self.size += entry.size
         self.path = entry.path
 
 
@@ -57,8 +57,7 @@ class Selection:
             return True
         self._unseen.discard(path)
         return any(
-            not wanted or path == wanted or path.startswith(wanted + b"/")
-            for wanted in self._paths
+            not wanted or path == wanted or path.startswith(wanted + b"/") for wanted in self._paths
         )
 
     def leads(self, path: bytes) -> bool:

@@ -27,7 +27,7 @@ class Counts(Protocol):
     @property
     def files(self) -> int: ...
     @property
-    def bytes(self) -> int: ...
+    def size(self) -> int: ...
     @property
     def unchanged(self) -> int: ...
     @property
@@ -90,12 +90,12 @@ class Reporter:
                 event="progress",
                 files=counts.files,
                 unchanged=counts.unchanged,
-                bytes=counts.bytes,
+                bytes=counts.size,
                 seconds=round(seconds, 1),
             )
         else:
-            rate = size(round(counts.bytes / seconds))
-            line = f"{counts.files:,} files, {size(counts.bytes)}, in {seconds:.0f} s ({rate}/s)"
+            rate = size(round(counts.size / seconds))
+            line = f"{counts.files:,} files, {size(counts.size)}, in {seconds:.0f} s ({rate}/s)"
             print(f"{self._what}: {line}", file=sys.stderr)
 
     def _emit(self, **event: str | int | float) -> None:
@@ -134,8 +134,8 @@ class Reporter:
                 files = f"{counts.files:,} files"
                 if self._total is not None:
                     files = f"{counts.files:,}/{self._total[0]:,} files"
-                total = None if self._total is None else max(self._total[1], counts.bytes)
-                bar.update(task, completed=counts.bytes, total=total, files=files)
+                total = None if self._total is None else max(self._total[1], counts.size)
+                bar.update(task, completed=counts.size, total=total, files=files)
             bar.refresh()
 
         with bar:

@@ -60,13 +60,13 @@ class Progress:
 
     Attributes:
         files: Files that were read or found to be as before.
-        bytes: Their size, in bytes.
+        size: Their size, in bytes.
         unchanged: How many of the files were as before.
         path: The last one.
     """
 
     files: int = 0
-    bytes: int = 0
+    size: int = 0
     unchanged: int = 0
     path: bytes = b""
 
@@ -188,9 +188,7 @@ class Reader:
         self._next_page()
         return []
 
-    def _chunks(
-        self, fd: int, entry: Entry, status: os.stat_result
-    ) -> Iterator[tuple[bytes, int]]:
+    def _chunks(self, fd: int, entry: Entry, status: os.stat_result) -> Iterator[tuple[bytes, int]]:
         size = 0
         try:
             if status.st_blocks * STAT_BLOCK < entry.size:
@@ -233,7 +231,7 @@ class Reader:
 
     def _count(self, path: bytes, size: int) -> None:
         self.progress.files += 1
-        self.progress.bytes += size
+        self.progress.size += size
         self.progress.path = path
 
     def _end(self, path: bytes) -> None:

@@ -23,7 +23,7 @@ import trio
 import druvarpc
 
 from .chunks import Chunk, Codec
-from .crypt import Keys
+from .crypt import Keys, page_box
 from .errors import ChunkError
 from .loads import Load
 from .output import Rules
@@ -108,7 +108,7 @@ async def restore(
     did = client.statistics()
     return Restored(
         progress.files,
-        progress.bytes,
+        progress.size,
         progress.unchanged,
         calls=did.calls_started,
         round_trips=did.clubs_sent,
@@ -130,7 +130,7 @@ class _Run:
         self._options = options
         self._watch = watch
         self._codec = Codec(keys=options.keys)
-        self._box = options.keys.pages if options.keys else None
+        self._box = page_box(options.keys)
         self._free = trio.Semaphore(LOADS)
         self._threads = trio.CapacityLimiter(os.cpu_count() or 1)
         self._lock = threading.Lock()
@@ -160,7 +160,10 @@ class _Run:
             # What is in the channel is bounded by the free loads, so it never needs to be full.
             wanted, to_fetch = trio.open_memory_channel[Load](LOADS)
             async with trio.open_nursery() as nursery:
-                work = partial(nursery.start_soon, self._work, plan.progress, target)
+
+                def work(load: Load, chunks: list[Chunk]) -> None:
+                    nursery.start_soon(self._work, plan.progress, target, load, chunks)
+
                 nursery.start_soon(self._fetch, to_fetch, work)
                 send = partial(self._send, wanted, work)
                 async with wanted:
@@ -178,12 +181,13 @@ class _Run:
         # Seen again only if hard links are restored without the file they are links of.
         seen = Spool[Page](Page)
         with seen:
-            if first is not None:
-                async for page in _chain(first, pages):
-                    if self._options.paths:
-                        await trio.to_thread.run_sync(seen.append, page)
-                    for load in await self._in_thread(plan.add, page):
-                        await send(load)
+            page = first
+            while page is not None:
+                if self._options.paths:
+                    await trio.to_thread.run_sync(seen.append, page)
+                for load in await self._in_thread(plan.add, page):
+                    await send(load)
+                page = await anext(pages, None)
             if plan.end():
                 for page in seen:
                     for load in await self._in_thread(plan.adopt, page):
@@ -272,9 +276,3 @@ class _Run:
         with self._lock:
             self.reported += 1
             self._watch(skipped)
-
-
-async def _chain(first: Page, rest: AsyncIterator[Page]) -> AsyncIterator[Page]:
-    yield first
-    async for page in rest:
-        yield page

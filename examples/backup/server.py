@@ -190,11 +190,11 @@ def _fetch(store: Store, ids: list[bytes]) -> list[Chunk]:
 def _add(draft: Draft, pieces: list[Piece]) -> None:
     pages: list[Page] = []
     for piece in pieces:
-        if piece.count:
+        if piece.copied:
             if pages:
                 draft.add(pages)
                 pages = []
-            draft.copy(piece.first, piece.count)
+            draft.copy(piece.first, piece.copied)
         if piece.page is not None:
             pages.append(piece.page)
     if pages:

@@ -29,12 +29,12 @@ class Piece(NamedTuple):
 
     Attributes:
         first: The first of the base's pages, counted from 0.
-        count: How many.
+        copied: How many.
         page: The page that follows, or None.
     """
 
     first: int = 0
-    count: int = 0
+    copied: int = 0
     page: Page | None = None
 
 

@@ -18,7 +18,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -108,7 +107,7 @@ class Target:
         names = components(entry.path)
         if names and (entry.kind is Kind.SYMLINK or entry.link):
             components(entry.link)
-            with self._lock:
+            with self._lock, naming(entry.path):
                 self._links.append(entry)
         elif names and (entry.kind is Kind.FIFO or entry.kind in DEVICES):
             self._make_special(entry, names)
@@ -139,11 +138,16 @@ class Target:
     def existing(self, entry: Entry) -> Iterator[int | None]:
         """Opens what is at a file's path, to be read, if it is a regular file of this size.
 
-        Yields its descriptor, or None. Raises nothing: what cannot be read is not equal.
+        Yields its descriptor, or None; so it does if it cannot be read.
+
+        Raises:
+            UnsafePath: It does not lead to a place below the root.
         """
+        names = components(entry.path)
+        if not names:
+            raise UnsafePath(entry.path, "not a file")
         fd = None
         with suppress(OSError):
-            names = components(entry.path)
             fd = os.open(names[-1], _OLD_FILE, dir_fd=self._parent(names))
         try:
             if fd is not None:
@@ -219,7 +223,7 @@ class Target:
                     os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | stat.S_IRWXU)
                 finally:
                     os.close(fd)
-        with self._lock:
+        with self._lock, naming(entry.path):
             self._directories.append(entry)
 
     def _make_special(self, entry: Entry, names: list[bytes]) -> None:
@@ -254,7 +258,8 @@ class Target:
             source = os.dup(self._parent(names))
             try:
                 self._replacing(
-                    name, parent,
+                    name,
+                    parent,
                     lambda: os.link(
                         names[-1], name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False
                     ),
@@ -269,9 +274,7 @@ class Target:
         times = (entry.mtime_ns, entry.mtime_ns)
         if self._rules.owner:
             with suppress(PermissionError):
-                os.chown(
-                    name, *self._rules.owner_of(entry), dir_fd=parent, follow_symlinks=False
-                )
+                os.chown(name, *self._rules.owner_of(entry), dir_fd=parent, follow_symlinks=False)
         os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
 
     def _replacing(self, name: bytes, parent: int, make: Callable[[], None]) -> None:

@@ -237,9 +237,7 @@ def describe(root: bytes, found: Found) -> Entry:
     full = os.path.join(root, found.path)
     target = os.readlink(full) if stat.S_ISLNK(found.status.st_mode) else b""
     xattrs = () if found.link else _xattrs(full, follow=not found.path)
-    return _entry(found.path, found.status)._replace(
-        target=target, link=found.link, xattrs=xattrs
-    )
+    return _entry(found.path, found.status)._replace(target=target, link=found.link, xattrs=xattrs)
 
 
 @contextmanager
@@ -372,9 +370,7 @@ _KINDS = {
 }
 
 
-def measure(
-    root: bytes, excluded: Callable[[bytes, bool], bool] | None = None
-) -> tuple[int, int]:
+def measure(root: bytes, excluded: Callable[[bytes, bool], bool] | None = None) -> tuple[int, int]:
     """Returns how many files are in a directory, and their size in bytes, as far as can be seen."""
     files = size = 0
     for found in scan(root, excluded):

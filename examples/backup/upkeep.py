@@ -14,8 +14,6 @@ from .reports import Checked, Collected, Damage
 from .retention import Rule
 from .service import BackupStore
 
-__all__ = ["Access", "collect", "forget", "forget_by_rule", "verify"]
-
 
 def verify(access: Access, as_json: bool) -> int:
     """Reads all that is stored; prints what is damaged, and returns how much is."""
@@ -85,8 +83,8 @@ def collect(access: Access, as_json: bool) -> None:
     async def act(client: druvarpc.Client) -> Collected:
         last = Collected()
         async with aclosing(client.stub(BackupStore).gc()) as reports:
-            async for last in reports:
-                pass
+            async for report in reports:
+                last = report
         if not last.finished:
             raise BackupError("the server did not collect to the end")
         return last
