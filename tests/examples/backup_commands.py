@@ -1,4 +1,4 @@
-"""The commands of the reference backup for tests: servers and clients as processes, and in this one.
+"""The commands of the reference backup for tests: as processes, and in this one.
 
 What is to be killed is a process of its own. What only looks at the outcome runs in this process,
 which saves half a second of imports for each command.

@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ FLIPS = int(os.environ.get("DRUVARPC_FLIPS", "16"))
 
 
 @pytest.fixture(scope="module")
-def backed_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def backed_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a tree, a store that has it in two snapshots, and garbage."""
     home = tmp_path_factory.mktemp("flips")
     chance = random.Random(1)
@@ -32,7 +31,7 @@ def backed_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (tree / "new").write_bytes(chance.randbytes(50_000))
         succeed("backup", tree, *there, "--name", "second")
         assert server.stop().status == 0
-    yield home
+    return home
 
 
 def files(store: Path) -> list[Path]:
