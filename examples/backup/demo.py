@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from . import tree
-from .cli import size
 from .errors import display
+from .progress import size
 from .tree import Entry, Kind, Skipped
 
 COMMAND = [sys.executable, "-m", "examples.backup"]
@@ -165,10 +165,14 @@ def compare(left: Path, right: Path) -> Iterator[str]:
 
 
 def _described(root: Path) -> Iterator[tuple[bytes, tuple[Entry | Skipped, bytes]]]:
-    for found in tree.scan(os.fsencode(root)):
-        is_file = isinstance(found, Entry) and found.kind is Kind.FILE
-        path = os.path.join(os.fsencode(root), found.path)
-        yield found.path, (found, Path(os.fsdecode(path)).read_bytes() if is_file else b"")
+    place = os.fsencode(root)
+    for found in tree.scan(place):
+        if isinstance(found, Skipped):
+            yield found.path, (found, b"")
+            continue
+        entry = tree.describe(place, found)
+        path = Path(os.fsdecode(os.path.join(place, found.path)))
+        yield found.path, (entry, path.read_bytes() if entry.kind is Kind.FILE else b"")
 
 
 def _bytes(run: dict[str, Any]) -> int:
