@@ -138,6 +138,29 @@ def test_a_backup_that_begins_later_is_told_that_condemned_chunks_are_missing(st
     verified(store)
 
 
+@pytest.mark.parametrize("step", range(1, 9))
+def test_what_is_committed_while_a_collection_runs_stays(store, step):
+    put(store, [1, 2, 3])
+    base = commit(store, "name", [2])
+    draft = store.begin("name")
+    running = store.collect()
+    for _ in range(step):
+        next(running, None)
+    draft.add([page_of(1)])
+    draft.commit()
+    store.forget([base.id])
+    late = store.begin("late")
+    for _ in running:
+        pass
+    late.add([page_of(*there(store, [2, 3]))] if there(store, [2, 3]) else [])
+    late.commit()
+    collected(store)
+    assert 1 in there(store, [1])
+    verified(store)
+    for snapshot in store.snapshots():
+        assert [list(store.read_chunks(list(page.ids()))) for page in store.pages(snapshot.id)]
+
+
 def test_a_lease_ends_with_its_draft(store):
     for end in (Draft.discard, Draft.commit):
         put(store, [1])
