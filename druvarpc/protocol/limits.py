@@ -42,8 +42,8 @@ class Limits:
     max_message: int = 16 * 1024 * 1024
     max_frame: int = 256 * 1024
     max_metadata: int = 8 * 1024
-    stream_window: int = 128 * 1024
-    connection_window: int = 1024 * 1024
+    stream_window: int = 512 * 1024
+    connection_window: int = 4 * 1024 * 1024
     memory: int = 128 * 1024 * 1024
     total_memory: int = 512 * 1024 * 1024
     handshake_timeout: float = 10.0

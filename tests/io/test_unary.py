@@ -48,7 +48,7 @@ async def test_large_calls_of_many_tasks_at_once():
 
 
 async def test_an_argument_above_the_message_limit_is_refused():
-    limits = druvarpc.Limits(max_message=100_000)
+    limits = druvarpc.Limits(max_message=100_000, stream_window=128 * 1024)
     async with connected([MemoryVault()], server_limits=limits) as client:
         vault = client.stub(Vault)
         with pytest.raises(druvarpc.RpcError) as caught:
@@ -58,7 +58,7 @@ async def test_an_argument_above_the_message_limit_is_refused():
 
 
 async def test_a_result_above_the_message_limit_is_refused():
-    limits = druvarpc.Limits(max_message=100_000)
+    limits = druvarpc.Limits(max_message=100_000, stream_window=128 * 1024)
     async with connected([MemoryVault()], limits=limits) as client:
         vault = client.stub(Vault)
         with pytest.raises(druvarpc.RpcError) as caught:

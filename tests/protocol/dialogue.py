@@ -11,6 +11,7 @@ from druvarpc.protocol import (
     CallsReceived,
     Connection,
     Event,
+    Limits,
     Outcome,
     Priority,
     Reference,
@@ -20,6 +21,8 @@ from druvarpc.protocol.frames import HEADER_SIZE, PREFACE, unpack_header
 
 SIZES = st.sampled_from([0, 1, 300, 5_000, 70_000])
 EVERYTHING = 2**40
+# Windows that the longest of the dialogues fill, so that both ends give credit.
+LIMITS = Limits(stream_window=128 * 1024, connection_window=1024 * 1024)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ SCRIPTS = st.lists(
 
 def speak(script: list[Say]) -> tuple[Connection, bytes]:
     """Return a client that has said its part, and the bytes of it; the server may still be mute."""
-    client = Connection("client", now=0.0)
+    client = Connection("client", now=0.0, limits=LIMITS)
     said = b""
     streams: list[Stream] = []
     for say in script:
@@ -92,7 +95,7 @@ def speak(script: list[Say]) -> tuple[Connection, bytes]:
 
 def answer(script: list[Say], said: bytes) -> bytes:
     """Return the bytes of a server that has heard the client's part and answers it."""
-    server = Connection("server", now=0.0)
+    server = Connection("server", now=0.0, limits=LIMITS)
     server.receive_data(said, 0.0)
     says = iter(script * 2)
     while (event := server.next_event()) is not None:

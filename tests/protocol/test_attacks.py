@@ -920,7 +920,7 @@ def test_results_that_nobody_refers_to_are_not_kept() -> None:
 
 def test_a_reply_above_the_cap_is_not_put_together() -> None:
     most = 128 * 1024
-    connection = connect("client", max_message=most)
+    connection = connect("client", max_message=most, stream_window=most)
     stream = Stream("Vault.get", b"\x90")
     connection.call(stream, 0)
     sent(connection)
@@ -938,7 +938,7 @@ def test_a_reply_above_the_cap_is_not_put_together() -> None:
 
 def test_arguments_above_the_cap_are_not_put_together() -> None:
     most = 128 * 1024
-    connection = connect(max_message=most)
+    connection = connect(max_message=most, stream_window=most)
     connection.receive_data(call(1, MORE, None), 0)
     with memory_stays_below(2 * most):
         for _ in range(9):

@@ -24,6 +24,8 @@ from druvarpc.protocol import (
 from tests.protocol.pair import Pair
 
 LARGE = b"x" * 300_000
+# A window that LARGE doesn't fit in.
+NARROW = Limits(stream_window=128 * 1024, connection_window=1024 * 1024)
 
 
 @pytest.mark.parametrize("piece", [None, 1, 7])
@@ -41,7 +43,7 @@ def test_calls_are_answered_in_any_order(piece: int | None) -> None:
 
 
 def test_a_large_call_has_a_large_reply() -> None:
-    two = Pair()
+    two = Pair({"limits": NARROW}, {"limits": NARROW})
     mine, yours = two.accept(payload=LARGE)
     assert (yours.payload, yours.state, yours.more) == (LARGE, State.CALLED, True)
     two.server.reply(yours, two.now, LARGE)
@@ -93,7 +95,7 @@ def test_a_message_that_is_too_long_is_cut_between_characters() -> None:
 
 
 def test_an_outcome_with_a_large_result_comes_after_it() -> None:
-    two = Pair()
+    two = Pair({"limits": NARROW})
     mine, yours = two.accept()
     outcome = Outcome(trailers=[], timings=(1, 2, 3))
     two.server.reply(yours, two.now, LARGE, outcome)
@@ -289,7 +291,7 @@ def test_a_reset_of_a_call_that_was_not_sent_never_sends_it() -> None:
 
 
 def test_a_reset_takes_the_place_of_a_reply_that_waits_behind_data() -> None:
-    two = Pair()
+    two = Pair({"limits": NARROW})
     mine, yours = two.accept()
     two.server.reply(yours, two.now, LARGE)
     two.to_client()

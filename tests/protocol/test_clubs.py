@@ -96,7 +96,8 @@ def test_a_call_waits_for_all_that_it_refers_to() -> None:
 
 
 def test_a_large_result_is_an_argument_too() -> None:
-    two = Pair()
+    limits = Limits(stream_window=128 * 1024, connection_window=1024 * 1024)
+    two = Pair({"limits": limits}, {"limits": limits})
     [first] = club(two, begin(), needs((1, 0)))
     two.server.reply(first, two.now, pack(b"x" * 200_000))
     two.run()

@@ -36,6 +36,12 @@ def narrow(**options: int) -> Pair:
     return Pair({"limits": limits}, {"limits": limits})
 
 
+def middling(**options: int) -> Pair:
+    """Return a pair whose server has windows above the least, of 128 KiB and 1 MiB."""
+    limits = Limits(stream_window=128 * 1024, connection_window=1024 * 1024, **options)
+    return Pair(server_options={"limits": limits})
+
+
 def take_all(two: Pair, stream: Stream) -> list[bytes]:
     """Take what comes on the server until nothing more does."""
     found: list[bytes] = []
@@ -299,7 +305,7 @@ def test_a_message_larger_than_the_window_arrives_if_it_is_waited_for() -> None:
 @pytest.mark.parametrize("memory", [1, 300_000, 1_700_000, 64 * 1024 * 1024])
 def test_many_large_messages_arrive_whatever_the_memory(memory: int) -> None:
     """When it is short, one after another, since one may always go beyond."""
-    two = Pair(server_options={"limits": Limits(memory=memory, max_message=1_000_000)})
+    two = middling(memory=memory, max_message=1_000_000)
     calls = [two.call(payload=bytes(900_000)) for _ in range(6)]
     two.run()
     arrived = two.arrived()
@@ -312,7 +318,7 @@ def test_many_large_messages_arrive_whatever_the_memory(memory: int) -> None:
 
 
 def test_who_waits_for_memory_goes_on_when_others_give_up() -> None:
-    two = Pair(server_options={"limits": Limits(memory=1, max_message=1_000_000)})
+    two = middling(memory=1, max_message=1_000_000)
     calls = [two.call(payload=bytes(900_000), more=True) for _ in range(3)]
     for _ in range(9):
         two.server.receive_data(b"".join(two.client.data_to_send(two.now, 1)), two.now)
@@ -324,7 +330,7 @@ def test_who_waits_for_memory_goes_on_when_others_give_up() -> None:
 
 @pytest.mark.parametrize("waiting", [0, 1, 2, 3])
 def test_who_gives_up_waiting_for_memory_keeps_nobody_waiting(waiting: int) -> None:
-    two = Pair(server_options={"limits": Limits(memory=1, max_message=1_000_000)})
+    two = middling(memory=1, max_message=1_000_000)
     calls = [two.call(payload=bytes(900_000), more=True) for _ in range(4)]
     for _ in range(16):
         two.server.receive_data(b"".join(two.client.data_to_send(two.now, 1)), two.now)
@@ -335,7 +341,7 @@ def test_who_gives_up_waiting_for_memory_keeps_nobody_waiting(waiting: int) -> N
 
 
 def test_no_credit_is_given_to_who_has_ended() -> None:
-    two = Pair()
+    two = middling()
     _, yours = two.accept(payload=bytes(70_000))
     mine = two.call(payload=bytes(70_000))
     said = b"".join(two.client.data_to_send(two.now))
@@ -349,7 +355,7 @@ def test_no_credit_is_given_to_who_has_ended() -> None:
 
 
 def test_windows_grow_with_what_is_consumed_in_a_round_trip() -> None:
-    two = Pair()
+    two = middling()
     mine, yours = two.accept(more=True)
     before = two.server.receive_window
     for _ in range(20):
@@ -365,7 +371,7 @@ def test_windows_grow_with_what_is_consumed_in_a_round_trip() -> None:
 
 
 def test_windows_do_not_grow_beyond_the_budget() -> None:
-    two = Pair(server_options={"limits": Limits(memory=300_000)})
+    two = middling(memory=300_000)
     mine, yours = two.accept(more=True)
     for _ in range(100):
         two.client.send(mine, bytes(100_000))

@@ -22,7 +22,7 @@ from druvarpc.protocol import (
     Writable,
 )
 from druvarpc.protocol.frames import GOAWAY, KINDS, PREFACE, SETTINGS, frame
-from tests.protocol.dialogue import SCRIPTS, Say, answer, frames, speak, split
+from tests.protocol.dialogue import LIMITS, SCRIPTS, Say, answer, frames, speak, split
 
 HELLO = PREFACE + frame(SETTINGS, b"\x90")
 CUTS = st.lists(st.floats(0, 1), max_size=6)
@@ -258,7 +258,8 @@ def test_mutilated_calls(
     script: list[Say], cuts: list[float], dice: bytes, data: st.DataObject
 ) -> None:
     _, said = speak(script)
-    attack(Connection("server", now=0.0), data.draw(mutilated(said)), cuts, dice)
+    server = Connection("server", now=0.0, limits=LIMITS)
+    attack(server, data.draw(mutilated(said)), cuts, dice)
 
 
 @given(script=SCRIPTS, cuts=CUTS, dice=st.binary(max_size=20), data=st.data())
@@ -266,5 +267,5 @@ def test_mutilated_answers(
     script: list[Say], cuts: list[float], dice: bytes, data: st.DataObject
 ) -> None:
     _, said = speak(script)
-    client = Connection("client", now=0.0)
+    client = Connection("client", now=0.0, limits=LIMITS)
     attack(client, data.draw(mutilated(answer(script, said))), cuts, dice)

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from druvarpc.protocol import Connection, Limits, RemoteProtocolError, Stream
 from druvarpc.protocol.frames import DATA, MAGIC, PREFACE
-from tests.protocol.dialogue import SCRIPTS, Say, answer, frames, heard, speak, split
+from tests.protocol.dialogue import LIMITS, SCRIPTS, Say, answer, frames, heard, speak, split
 
 CUTS = st.lists(st.floats(0, 1), max_size=12)
 
 
 def server() -> Connection:
-    return Connection("server", now=0.0)
+    return Connection("server", now=0.0, limits=LIMITS)
 
 
 @given(script=SCRIPTS, cuts=CUTS)

@@ -274,7 +274,8 @@ def test_patience_takes_bursts_and_no_sustained_rate() -> None:
 
 def test_credit_that_crosses_the_end_of_data_is_no_abuse() -> None:
     """Calls of two frames each, at a rate at which each one's credit comes too late."""
-    two = Pair()
+    limits = Limits(stream_window=128 * 1024, connection_window=1024 * 1024)
+    two = Pair(server_options={"limits": limits})
     for _ in range(Patience.MOST + 100):
         two.call(payload=bytes(66_000))
         first, second, third = (

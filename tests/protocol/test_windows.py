@@ -15,6 +15,7 @@ KIB = 1024
 MIB = 1024 * 1024
 START = 128 * KIB
 PLENTY = 2**40
+NARROW = Limits(stream_window=START, connection_window=MIB)
 UNLIMITED = Limits(stream_window=2**30, connection_window=2**30)
 
 
@@ -81,7 +82,7 @@ def test_a_window_grows_within_a_round_trip() -> None:
 
 def test_a_window_grows_before_the_round_trip_is_known() -> None:
     """Until then it may be long, and all that was consumed came within it."""
-    two = Pair(settled=False)
+    two = Pair(server_options={"limits": NARROW}, settled=False)
     mine = two.call(more=True)
     two.client.send(mine, bytes(50_000))
     two.to_server()
@@ -233,7 +234,7 @@ def test_what_is_taken_of_a_budget_is_taken_of_its_parent() -> None:
 
 def test_the_connections_of_one_process_share_its_memory() -> None:
     whole = Budget(8 * MIB)
-    pairs = [Pair(server_options={"budget": whole}) for _ in range(3)]
+    pairs = [Pair(server_options={"limits": NARROW, "budget": whole}) for _ in range(3)]
     streams = [two.accept(more=True) for two in pairs]
 
     def flow(index: int) -> int:
@@ -244,7 +245,7 @@ def test_the_connections_of_one_process_share_its_memory() -> None:
             two.run()
             while two.server.take(yours, two.now) is not None:
                 two.run()
-        return two.server.receive_window - Limits().connection_window
+        return two.server.receive_window - MIB
 
     alone = flow(0)
     assert alone > MIB
