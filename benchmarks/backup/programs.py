@@ -119,9 +119,9 @@ class Ours:
 
     def back_up(self, scene: Scene, number: int) -> Command:
         there = ("--server", f"tcp://{scene.host}:{PORT}", "--cache", str(scene.cache))
-        return self._command(
-            "backup", str(scene.tree), *there, *self._key(scene), "--name", f"tree{number}"
-        )
+        how = ("--compression", "zstd:3", *(["--encrypt"] if self.encrypted else []))
+        what = (str(scene.tree), "--name", f"tree{number}")
+        return self._command("backup", *what, *there, *how, *self._key(scene))
 
     def restore(self, scene: Scene, into: Path) -> Command:
         there = ("--server", f"tcp://{scene.host}:{PORT}")
@@ -135,7 +135,7 @@ class Ours:
             return ()
         file = scene.work / "passphrase"
         file.write_text(PASSPHRASE)
-        return ("--encrypt", "--passphrase-file", str(file))
+        return ("--passphrase-file", str(file))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from examples.backup.cli import cli
+from examples.backup.cli import cli, verdict
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "examples.backup"]
@@ -64,9 +64,12 @@ def run(*arguments: object) -> Done:
 def here(*arguments: object) -> Done:
     """Runs a command to its end, in this process. An error that nobody expected is raised."""
     done = CliRunner().invoke(cli, [*map(str, arguments)])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        return Done(1, done.stdout, f"{done.stderr}{done.exception}")
-    return Done(done.exit_code, done.stdout, done.stderr)
+    if done.exception is None or isinstance(done.exception, SystemExit):
+        return Done(done.exit_code, done.stdout, done.stderr)
+    status, line = verdict(done.exception)
+    if not status:
+        raise done.exception
+    return Done(status, done.stdout, f"{done.stderr}error: {line}\n")
 
 
 def succeed(*arguments: object) -> Any:

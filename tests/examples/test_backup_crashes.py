@@ -7,19 +7,31 @@ import os
 import random
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.examples.backup_commands import Serving, ended, here, same, serving, start, succeed
+from tests.examples.backup_commands import (
+    Done,
+    Serving,
+    ended,
+    here,
+    run,
+    same,
+    serving,
+    start,
+    succeed,
+)
 
 pytestmark = pytest.mark.once
 
 CRASHES = int(os.environ.get("DRUVARPC_CRASHES", "20"))
-# Seconds in which a command of the tree below has surely ended: kills come at any time before.
-LONGEST = 1.2
+# Kills come at any time until a command would have ended, and a little later: as multiples of the
+# seconds that an undisturbed backup takes on this machine.
+LATEST = 1.3
 # Snapshots that are kept at a time: those before are forgotten.
 KEPT = 6
 
@@ -31,6 +43,7 @@ class Trial:
         promised: by id, a copy of the tree as it was at each backup that was acknowledged.
         attempted: by name, the same for backups that were not.
         doubtful: ids whose removal was begun and not acknowledged: they may be there or not.
+        usual: the seconds that an undisturbed backup takes.
     """
 
     def __init__(self, home: Path, seed: int) -> None:
@@ -42,6 +55,7 @@ class Trial:
         self.attempted: dict[str, Path] = {}
         self.doubtful: set[str] = set()
         self.number = 0
+        self.usual = 0.0
         (self.tree / "below").mkdir(parents=True)
         for number in range(40):
             self.write(number)
@@ -61,13 +75,27 @@ class Trial:
         subprocess.run(["cp", "--archive", "--reflink=auto", self.tree, copy], check=True)
         return copy
 
-    def disturbed(self, process: subprocess.Popen[str], victims: list[subprocess.Popen[str]]):
+    def undisturbed(self, server: Serving) -> None:
+        """Makes a first backup, as a process, and takes its time."""
+        copy = self.change()
+        began = time.monotonic()
+        there = ("--server", server.url, "--cache", self.home / "cache")
+        done = run("backup", self.tree, *there, "--name", copy.name, "--json")
+        self.usual = time.monotonic() - began
+        self.promised[done.json["snapshot"]] = copy
+
+    def disturbed(
+        self, process: subprocess.Popen[str], victims: list[subprocess.Popen[str]]
+    ) -> Done:
         """Lets a command run, and kills the victims at a random moment; returns what it did."""
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=self.chance.uniform(0.0, LONGEST))
+            process.wait(timeout=self.chance.uniform(0.0, LATEST * self.usual))
         for victim in victims:
             victim.kill()
-        return ended(process)
+        done = ended(process)
+        for victim in victims:
+            victim.wait()
+        return done
 
     def act(self, server: Serving) -> None:
         """Runs a command; kills it, the server, or both, at a random moment."""
@@ -143,6 +171,7 @@ def trial(tmp_path: Path) -> Iterator[Trial]:
 def test_whatever_is_killed_nothing_acknowledged_is_lost(trial: Trial) -> None:
     with ExitStack() as running:
         server = running.enter_context(serving(trial.store))
+        trial.undisturbed(server)
         for _ in range(CRASHES):
             trial.act(server)
             if server.process.poll() is not None:

@@ -72,6 +72,9 @@ def test_a_server_that_ends_on_a_full_disk_starts_again(tmp_path: Path, disk: Pa
     with serving(disk / "store") as server:
         there = ("--server", server.url)
         kept = succeed("backup", small, *there, "--name", "small")["snapshot"]
+        assert server.stop().status == 0
+    with serving(disk / "store") as server:
+        there = ("--server", server.url)
         assert here("backup", large, *there, "--name", "large").status == 1
         # Fill up what is left, so that not even a new pack can be begun.
         with (disk / "filling").open("wb", buffering=0) as filling:
@@ -88,6 +91,6 @@ def test_a_server_that_ends_on_a_full_disk_starts_again(tmp_path: Path, disk: Pa
         assert here("verify", *there).status == 0
         succeed("restore", kept, tmp_path / "1", *there)
         assert same(tmp_path / "1", small)
-        # What the large one had stored is garbage; collected, it makes room.
+        # What the large one had stored is garbage, in a pack of its own; collected, it makes room.
         succeed("gc", *there)
         succeed("backup", small, *there, "--name", "again")
