@@ -14,6 +14,7 @@ takes longer than backing up a tree that has not changed.
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -70,7 +71,12 @@ def cli() -> None:
 @cli.command()
 @click.option("--store", type=click.Path(path_type=Path), required=True, help="A directory.")
 @click.option("--listen", metavar="URL", required=True, help="tcp://host:port or unix:///path")
-def serve(store: Path, listen: str) -> None:
+@click.option(
+    "--tenants",
+    type=click.Path(path_type=Path),
+    help="A file of tenants' tokens; see `tenants add`. Without it there is one tenant, and no token.",
+)
+def serve(store: Path, listen: str, tenants: Path | None) -> None:
     """Serve a store, until SIGTERM or Ctrl-C."""
     import logging
 
@@ -82,11 +88,27 @@ def serve(store: Path, listen: str) -> None:
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            server = await nursery.start(serve_store, store, listen)
+            server = await nursery.start(partial(serve_store, store, listen, tenants=tenants))
             for address in server.addresses:
                 click.echo(f"listening on {address}")
 
     trio.run(main)
+
+
+@cli.group()
+def tenants() -> None:
+    """Look after a server's file of tenants."""
+
+
+@tenants.command()
+@click.argument("name")
+@click.option("--append-only", is_flag=True, help="It may back up and restore, but remove nothing.")
+@click.option("--tenants", "file", type=click.Path(path_type=Path), required=True, help="The file.")
+def add(name: str, append_only: bool, file: Path) -> None:
+    """Make a token for one more device of the tenant NAME, and print it: it is kept nowhere."""
+    from .tenants import Role, add_token
+
+    click.echo(add_token(file, name, Role.APPEND_ONLY if append_only else Role.FULL))
 
 
 @cli.command()

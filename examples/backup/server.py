@@ -171,6 +171,8 @@ class StoreService(BackupStore):
         """Returns the caller's store; refuses a caller whose token allows less than this."""
         identity = druvarpc.current_call().identity
         device = identity if isinstance(identity, Device) else ANYBODY
+        if self._tenancy.tenants and device is ANYBODY:
+            raise RpcError(Status.UNAUTHENTICATED, "there is no such token")
         if role is Role.FULL and device.role is not Role.FULL:
             raise RpcError(Status.PERMISSION_DENIED, "this token may only back up and restore")
         return self._tenancy.opened(device)

@@ -66,7 +66,6 @@ class Parts(Protocol):
         ...
 
 
-
 @dataclass
 class _Put:
     """Chunks that wait to be stored; then how many were new, or why they are not stored."""

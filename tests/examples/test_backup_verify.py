@@ -226,4 +226,3 @@ def test_it_goes_on_while_others_write_and_collect(tmp_path):
                     store.forget([snapshot.id])
                     list(store.collect())
                     put(store, range(40 + number, 45))
-
