@@ -1,7 +1,8 @@
 """The catalogue in SQLite: where each chunk is, the pages of entries, the snapshots made of them.
 
 What a transaction here has committed names nothing that is not durable: packs are synced first. It
-is durable itself, but for `add`, which is with the next of the others. See `interfaces.CatalogueStore` for what each method promises, and `database` for the file.
+is durable itself, but for `add`, which is with the next of the others. `interfaces.CatalogueStore`
+says what each method promises, `database` how the file is kept.
 
 Pages are shared: a snapshot names the pages that it took over from its base, so an unchanged tree
 costs a few integers. Pages and snapshots have a digest of their own, so that damage is found where
