@@ -138,10 +138,15 @@ class _Checkpoints:
         logged = self._logged()
         if not logged and self._sums is not None:
             return
-        if self._db.execute("PRAGMA wal_checkpoint(FULL)").fetchone()[0]:
-            return  # Somebody else looks at it. The log stays whole.
-        self._take(logged)
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        try:
+            if self._db.execute("PRAGMA wal_checkpoint(FULL)").fetchone()[0]:
+                return  # Somebody else looks at it. The log stays whole.
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                return  # The log stays whole, and all can be read: so that a gc can make space.
+            raise
+        if self._take(logged):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def check(self) -> list[str]:
         found = list(self._damage)
@@ -162,8 +167,8 @@ class _Checkpoints:
             os.close(self._fd)
             self._fd = -1
 
-    def _take(self, changed: set[int]) -> None:
-        """Saves checksums, of these pages or, if none were known, of all."""
+    def _take(self, changed: set[int]) -> bool:
+        """Saves checksums, of these pages or, if none were known, of all; tells if it did."""
         count = self._count()
         if self._sums is None:
             self._sums, changed = bytearray(), set(range(1, count + 1))
@@ -174,11 +179,13 @@ class _Checkpoints:
         content = SUMS_MAGIC + self._sums
         try:
             self._files.replace(self._sums_path, content + blake3(content).digest(16))
-        except OSError as error:
+        except OSError:
             # Those on the disk are of an older state. Without any, they are taken anew next time.
+            # Nothing else is lost by that: it is no reason to fail what has just been committed.
             self._sums = None
             self._files.remove(self._sums_path)
-            raise CatalogueError(f"the catalogue's checksums: {error.strerror}") from error
+            return False
+        return True
 
     def _load(self) -> tuple[bytearray | None, list[str]]:
         try:

@@ -30,6 +30,10 @@ class Files:
             while done < len(view):
                 done += os.pwrite(fd, view[done:], offset + done)
 
+    def cut(self, fd: int, size: int) -> None:
+        """Lets a file end there."""
+        os.ftruncate(fd, size)
+
     def sync(self, fd: int) -> None:
         """Returns when what was written is durable."""
         os.fsync(fd)

@@ -15,6 +15,7 @@ One thread at a time may append, sync, seal and remove; any number may read mean
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 
@@ -107,7 +108,13 @@ class Packs:
             locations.append(location)
             buffer += record
             buffer += chunk.data
-        self._files.write(self._fd, buffer, self._end)
+        try:
+            self._files.write(self._fd, buffer, self._end)
+        except OSError:
+            # On a full disk, what was written of it is the space that a collection needs.
+            with suppress(OSError):
+                self._files.cut(self._fd, self._end)
+            raise
         self._end += len(buffer)
         return locations
 
