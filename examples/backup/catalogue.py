@@ -1,7 +1,8 @@
 """The catalogue in SQLite: where each chunk is, the pages of entries, the snapshots made of them.
 
-What a transaction here has committed is durable, and may name nothing that is not: packs are synced
-first. See `interfaces.CatalogueStore` for what each method promises, and `database` for the file.
+What a transaction here has committed names nothing that is not durable: packs are synced first. It
+is durable itself, but for `add`, which is with the next of the others. `interfaces.CatalogueStore`
+says what each method promises, `database` how the file is kept.
 
 Pages are shared: a snapshot names the pages that it took over from its base, so an unchanged tree
 costs a few integers. Pages and snapshots have a digest of their own, so that damage is found where
@@ -124,28 +125,27 @@ class Catalogue:
         return found
 
     def add(self, chunks: Iterable[tuple[Chunk, Location]]) -> None:
-        rows = [
-            (chunk.id, where.pack, where.offset, where.length, chunk.size)
-            for chunk, where in chunks
-        ]
+        rows: dict[bytes, tuple[bytes, int, int, int, int]] = {}
         ends: dict[int, int] = {}
-        for _, pack, offset, length, _ in rows:
-            ends[pack] = max(ends.get(pack, 0), offset + length)
-        with self._database.writing() as db:
+        for chunk, where in chunks:
+            row = (chunk.id, where.pack, where.offset, where.length, chunk.size)
+            rows.setdefault(chunk.id, row)
+            ends[where.pack] = max(ends.get(where.pack, 0), where.offset + where.length)
+        with self._database.writing(durable=False) as db:
+            for batch in _batches(list(rows)):
+                known = f"SELECT id FROM chunks WHERE id IN ({_marks(batch)})"
+                for (id,) in db.execute(known, batch).fetchall():
+                    del rows[id]
+            db.executemany(
+                "INSERT INTO chunks (id, pack, offset, length, size) VALUES (?, ?, ?, ?, ?)",
+                rows.values(),
+            )
             for pack, end in ends.items():
-                db.execute(
-                    "INSERT INTO packs (number, ends) VALUES (?1, ?2)"
-                    " ON CONFLICT (number) DO UPDATE SET ends = max(ends, ?2)",
-                    (pack, end),
-                )
-            for row in rows:
-                added = db.execute(
-                    "INSERT INTO chunks (id, pack, offset, length, size) VALUES (?, ?, ?, ?, ?)"
-                    " ON CONFLICT (id) DO NOTHING",
-                    row,
-                )
-                if added.rowcount:
-                    db.execute(_USE, (row[3], 1, row[4], row[1]))
+                added = [row for row in rows.values() if row[1] == pack]
+                used, content = sum(row[3] for row in added), sum(row[4] for row in added)
+                db.execute("INSERT INTO packs (number) VALUES (?) ON CONFLICT DO NOTHING", (pack,))
+                db.execute("UPDATE packs SET ends = max(ends, ?) WHERE number = ?", (end, pack))
+                db.execute(_USE, (used, len(added), content, pack))
 
     def chunks(self, after: bytes, limit: int) -> list[Stored]:
         with self._database.reading() as db:

@@ -76,7 +76,8 @@ PROBE_LEVEL = 1
 # What the sample has to shrink to: less than 3 % are not worth decompressing at every restore.
 PROBE_LIMIT = 3 * PROBE_SIZE * 97 // 100
 
-LZMA_MEMORY = 80 * 1024 * 1024
+# What decompressing takes beside the output: a dictionary of LIMIT, and some tables.
+LZMA_MEMORY = 2 * 1024 * 1024
 
 
 class Chunk(NamedTuple):
@@ -251,7 +252,9 @@ class Codec:
         elif algorithm == "zlib":
             data = ZLIB + zlib.compress(content, level)
         else:
-            data = LZMA + lzma.compress(content, preset=level)
+            # A dictionary larger than any chunk would only cost whoever decompresses.
+            chain = [{"id": lzma.FILTER_LZMA2, "preset": level, "dict_size": LIMIT}]
+            data = LZMA + lzma.compress(content, filters=chain)
         return data if len(data) <= len(content) else None
 
     def _compressor(self, use: str, level: int) -> zstandard.ZstdCompressor:
@@ -293,7 +296,7 @@ class Codec:
 
     def _decompress_lzma(self, payload: memoryview, chunk: Chunk) -> bytes:
         try:
-            # Level 9 needs 65 MB to decompress, whatever the size; a stream may ask for 4 GB.
+            # A stream may ask for 4 GB.
             expander = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
             content = expander.decompress(payload, chunk.size + 1)
         except (lzma.LZMAError, EOFError) as error:

@@ -74,7 +74,7 @@ def cli() -> None:
 @click.option(
     "--tenants",
     type=click.Path(path_type=Path),
-    help="Tenants' tokens; see `tenants add`. Without it there is one tenant, and no token.",
+    help="A file of tokens, see `tenants add`; without it there is one tenant, who needs none.",
 )
 def serve(store: Path, listen: str, tenants: Path | None) -> None:
     """Serve a store, until SIGTERM or Ctrl-C."""

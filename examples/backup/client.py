@@ -18,6 +18,7 @@ reader waits for a free one. Every stage hands on to the next one and waits unti
 """
 
 import os
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
@@ -58,6 +59,7 @@ class Options:
         keys: A tenant's keys, if it encrypts.
         excluded: Told a path and whether it is a directory; says if it is left out.
         attempts: How often it is tried if the connection breaks.
+        clock: Tells the time for the cache, in nanoseconds since 1970.
     """
 
     cache: Path | None = None
@@ -65,6 +67,7 @@ class Options:
     keys: Keys | None = None
     excluded: Callable[[bytes, bool], bool] | None = None
     attempts: int = 1
+    clock: Callable[[], int] = time.time_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +198,10 @@ class _Run:
 
     async def run(self, root: bytes, name: str, use_cache: bool) -> Snapshot:
         cache, box = self._options.cache, page_box(self._options.keys)
-        with LastSnapshot(cache if use_cache else None, box) as last, NextCache(cache) as following:
+        with (
+            LastSnapshot(cache if use_cache else None, box) as last,
+            NextCache(cache, self._options.clock) as following,
+        ):
             self.based = bool(last.snapshot)
             snapshot = await self._stages(root, name, last, following)
             following.keep(snapshot.id)

@@ -74,9 +74,16 @@ class Database:
         self._close = weakref.finalize(self, _shut, self._checkpoints, self._read, self._write)
 
     @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: durable when the block has ended, undone if it raises."""
+    def writing(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """A transaction: durable when the block has ended, undone if it raises.
+
+        Args:
+            durable: If not, it is when the next one is: the log's end may be lost in a crash of the
+                machine, though not in one of the process.
+        """
         with self._write_lock, _translated():
+            # NORMAL does not wait for the disk at the end of a transaction.
+            self._write.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._write.execute("BEGIN IMMEDIATE")
             try:
                 yield self._write
@@ -248,8 +255,6 @@ def _configure(db: sqlite3.Connection) -> None:
     (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
         raise CatalogueError(f"SQLite cannot use a write-ahead log here, only {mode}")
-    # NORMAL would not wait for the disk at the end of a transaction.
-    db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
     db.execute("PRAGMA wal_autocheckpoint = 0")
 

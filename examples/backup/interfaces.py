@@ -119,7 +119,8 @@ class PackStore(Protocol):
 class CatalogueStore(Protocol):
     """What is where. What a method has changed is durable when it returns, and whole or not at all.
 
-    Every method may raise CatalogueError.
+    But for `add`, of which a crash of the machine may undo the last ones. Every method may raise
+    CatalogueError.
     """
 
     # Chunks.
@@ -129,7 +130,10 @@ class CatalogueStore(Protocol):
         ...
 
     def add(self, chunks: Iterable[tuple[Chunk, Location]]) -> None:
-        """Adds chunks and where they are. One that is known already stays as it is."""
+        """Adds chunks and where they are. One that is known already stays as it is.
+
+        It is durable at the latest when the next change by another method is.
+        """
         ...
 
     def chunks(self, after: bytes, limit: int) -> list[Stored]:

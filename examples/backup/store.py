@@ -1,10 +1,12 @@
 """What the server keeps: chunks in packs, and a catalogue of chunks and snapshots.
 
 The order of writes is what makes it safe to kill at any moment: a pack is in the catalogue before
-it is made; chunks are in a pack and the pack is synced, before the catalogue says so; the
-catalogue's transaction is durable, before a put is acknowledged; a snapshot becomes visible after
-everything it names. Removing goes the other way: see `collect`. A crash between two of these leaves
-bytes in a pack that nobody names, and nothing else.
+it is made; chunks are in a pack, and the pack is synced, before the catalogue says so and a put is
+acknowledged; a snapshot becomes visible after everything it names. Removing goes the other way: see
+`collect`. The catalogue does not wait for the disk where it takes in chunks, since their records
+have all that it says of them: what a crash of the machine may have undone is read again from the
+ends of the packs when the store is opened. A crash leaves bytes in a pack that nobody names, and
+nothing else.
 
 Waiting for the disk is what a put costs, so puts share it. Each queues its chunks and waits for its
 turn; whoever has the turn stores all that is queued, with one sync and one transaction, and those
@@ -19,6 +21,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -43,6 +46,9 @@ from .reports import Checked, Collected, Usage
 from .retention import Rule, Verdict, judge
 from .snapshots import Snapshot, resolve
 from .verify import Verifier
+
+# Chunks in memory while a store is opened after a crash: their data, some MB.
+RECOVERED = 64
 
 # Pages in memory while a snapshot is read, for each reader: some hundred KB.
 PAGES = 16
@@ -100,6 +106,7 @@ class Store:
         self._turn = threading.Lock()
         self._collecting = threading.Lock()
         self._began = time.monotonic()
+        self._recover()
 
     def __enter__(self) -> Self:
         return self
@@ -284,6 +291,16 @@ class Store:
         """Closes the store after the put that has the turn. A second call does nothing."""
         with self._turn:
             self._parts.close()
+
+    def _recover(self) -> None:
+        """Takes in what packs have beyond what the catalogue knows of them: intact records only."""
+        for pack in self._catalogue.packs():
+            try:
+                found = self._packs.scan(pack.number, pack.end)
+                while records := list(islice(found, RECOVERED)):
+                    self._catalogue.add((chunk, where) for where, chunk in records)
+            except PackError:
+                continue  # Missing, or no pack: that is for `verify` to tell.
 
     def _check(self, chunk: Chunk) -> None:
         """Checks that a chunk is what it says, as far as can be told without the tenant's keys."""

@@ -15,7 +15,7 @@ import pytest
 
 from examples.backup.catalogue import Catalogue
 from examples.backup.database import LOG_LIMIT, Database
-from examples.backup.errors import BackupError, CatalogueError
+from examples.backup.errors import CatalogueError
 from examples.backup.interfaces import Location
 from examples.backup.snapshots import Snapshot
 from tests.examples.stores import chunk, ids, page_of
@@ -253,8 +253,7 @@ def test_checksums_that_cannot_be_written_are_not_left_behind(path, tmp_path):
     with opened(path) as catalogue:
         add(catalogue, *range(100))
         (tmp_path / "catalogue.sqlite.sums.new").mkdir()
-        with pytest.raises(BackupError, match="checksums"):
-            catalogue.check()
+        assert catalogue.check() == []
         assert not path.with_name("catalogue.sqlite.sums").exists()
         shutil.rmtree(tmp_path / "catalogue.sqlite.sums.new")
         assert catalogue.check() == []

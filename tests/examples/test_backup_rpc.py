@@ -8,11 +8,10 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import trio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import druvarpc
@@ -176,47 +175,6 @@ async def test_clients_share_what_they_have_in_common(tmp_path, source):
                 assert described(tmp_path / name) == described(source)
     packed = sum(path.stat().st_size for path in (tmp_path / "store/packs").iterdir())
     assert packed < 20_500_000
-
-
-names = st.binary(min_size=1, max_size=8).filter(
-    lambda name: name not in (b".", b"..") and not set(name) & set(b"/\0")
-)
-contents = st.one_of(
-    st.binary(max_size=50),
-    st.builds(
-        lambda seed, size: random.Random(seed).randbytes(size),
-        st.integers(0, 3),
-        st.integers(0, 300_000),
-    ),
-)
-leaves = st.one_of(contents, st.just("link"))
-trees = st.dictionaries(
-    names, st.recursive(leaves, lambda below: st.dictionaries(names, below, max_size=4)), max_size=5
-)
-
-
-def plant(place: bytes, wanted: dict[bytes, object]) -> None:
-    os.mkdir(place)
-    for name, what in wanted.items():
-        path = os.path.join(place, name)
-        if isinstance(what, dict):
-            plant(path, what)
-        elif isinstance(what, bytes):
-            Path(os.fsdecode(path)).write_bytes(what)
-        else:
-            os.symlink(name, path)
-
-
-@settings(max_examples=15)
-@given(trees)
-async def test_any_tree_comes_back(wanted):
-    with TemporaryDirectory() as name:
-        place = Path(name)
-        plant(os.fsencode(place / "source"), wanted)
-        async with served(place / "store") as client:
-            await back_up(client, os.fsencode(place / "source"), "name")
-            await restore(client, "name", os.fsencode(place / "restored"))
-        assert described(place / "restored") == described(place / "source")
 
 
 # What the server refuses.
