@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison import FIRST, Comparison, Pace
+from benchmarks.compression import Compression
 from benchmarks.core import Core
 from benchmarks.environment import environment, sentence
 from benchmarks.processes import describe
@@ -24,12 +25,15 @@ QUESTIONS = (
     "many_connections",
     "connecting",
     "memory",
+    "transports",
+    "transports_bulk",
+    "compression",
     "core",
 )
 
 
-def question(name: str) -> Comparison | Core:
-    found: Comparison | Core = importlib.import_module(f"benchmarks.{name}").QUESTION
+def question(name: str) -> Comparison | Compression | Core:
+    found: Comparison | Compression | Core = importlib.import_module(f"benchmarks.{name}").QUESTION
     return found
 
 
@@ -67,13 +71,17 @@ def write(kept: dict[str, dict[str, Any]]) -> None:
         for name, one in kept.items()
         if question(name).headline
     ]
-    blocks = {HERE / "README.md": whole, HERE.parent / "README.md": "\n\n".join(first)}
-    for path, text in blocks.items():
-        done = (
-            "tables written"
-            if replace_block(path, "benchmarks", text)
-            else "no markers, left as it is"
-        )
+    blocks = [
+        (HERE / "README.md", "benchmarks", whole),
+        (HERE.parent / "README.md", "benchmarks", "\n\n".join(first)),
+    ]
+    if "compression" in kept:
+        page = HERE.parent / "docs" / "compression.md"
+        results, around = kept["compression"]["results"], kept["compression"]["environment"]
+        text = f"{question('compression').tables(results)}\n\n{sentence(around)}"
+        blocks.append((page, "compression", text))
+    for path, marks, text in blocks:
+        done = "tables written" if replace_block(path, marks, text) else "no markers, left as it is"
         print(f"{path.relative_to(HERE.parent)}: {done}", file=sys.stderr)
 
 

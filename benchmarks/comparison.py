@@ -62,6 +62,7 @@ class Comparison:
             that means nothing.
         cost: what that text says.
         headline: whether the first page of the project shows the table.
+        peers: who is asked; the others are compared with the first.
     """
 
     title: str
@@ -71,10 +72,11 @@ class Comparison:
     show_cost: Callable[[float], str] | None = None
     cost: str = ""
     headline: bool = False
+    peers: tuple[str, ...] = PEERS
 
     def run(self, pace: Pace, progress: Callable[[str], None]) -> dict[str, Any]:
         """Measure, and return what is to be kept."""
-        peers = {peer: describe(peer) for peer in PEERS}
+        peers = {peer: describe(peer) for peer in self.peers}
         cells: dict[str, dict[str, Any]] = {
             case.title: {
                 peer: {"rounds": [], "failures": []}
@@ -95,7 +97,7 @@ class Comparison:
                         cell["failures"].append(str(error))
         for row in cells.values():
             for cell in row.values():
-                cell |= _summary(cell["rounds"], row[FIRST]["rounds"])
+                cell |= _summary(cell["rounds"], row[self.peers[0]]["rounds"])
         known = {peer: {"name": one.name, "failure": one.failure} for peer, one in peers.items()}
         return {"peers": known, "cases": cells}
 
@@ -135,7 +137,7 @@ class Comparison:
         if cell["median"] is None:
             return "failed"
         figure = self.show(cell["median"])
-        if peer == FIRST or cell["ratio"] is None:
+        if peer == self.peers[0] or cell["ratio"] is None:
             return figure
         low, high = cell["ratio_range"]
         span = f"{ratio(low)}{DASH}{ratio(high)}"

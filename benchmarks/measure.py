@@ -6,6 +6,7 @@ until the last of it had ended.
 
 import asyncio
 import os
+import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -51,6 +52,11 @@ class Measured:
     value: float
     client_busy: float | None = None
     server_busy: float | None = None
+
+
+def folder(process: int) -> Path:
+    """Return where a server may keep files; who measures it removes them."""
+    return Path(tempfile.gettempdir(), f"druvarpc-bench-{process}")
 
 
 def noise(size: int) -> bytes:

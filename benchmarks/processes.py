@@ -3,6 +3,7 @@
 import functools
 import json
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks.measure import Load, Measured
+from benchmarks.measure import Load, Measured, folder
 
 ROOT = Path(__file__).parent.parent
 # Seconds beyond those of the measurement, for imports, connections, and a slow machine.
@@ -65,8 +66,11 @@ def measure(peer: str, operation: str, load: Load) -> Measured:
         there = json.dumps(asdict(replace(load, port=json.loads(port), server=server)))
         patience = PATIENCE + load.warm_up + load.seconds
         client = _peer("measure", peer, operation, there)
-        with first_line(client, patience=patience) as (figures, _):
-            return Measured(**json.loads(figures))
+        try:
+            with first_line(client, patience=patience) as (figures, _):
+                return Measured(**json.loads(figures))
+        finally:
+            shutil.rmtree(folder(server), ignore_errors=True)
 
 
 def _peer(command: str, *arguments: str) -> tuple[str, ...]:

@@ -11,20 +11,23 @@ from druvarpc.errors import (
     Status,
 )
 from druvarpc.handlers import CurrentCall, current_call
+from druvarpc.peers import Certificate, Peer, UnixCredentials
 from druvarpc.protocol import Clubbing, Limits, Priority
 from druvarpc.server import Server, serve
 from druvarpc.service import Service, rpc
 from druvarpc.statistics import ClubCount, Statistics
 from druvarpc.timings import CallTimes, MethodTimes
+from druvarpc.tls import TLS
+from druvarpc.version import __version__
 from druvarpc.windowed import windowed
 
 # As an attribute too, without an import of its own.
 from druvarpc import testing as testing  # isort: skip
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "TLS",
     "CallTimes",
+    "Certificate",
     "Client",
     "Club",
     "ClubCount",
@@ -35,6 +38,7 @@ __all__ = [
     "LocalProtocolError",
     "MethodTimes",
     "Part",
+    "Peer",
     "Priority",
     "ProtocolError",
     "RemoteProtocolError",
@@ -44,6 +48,8 @@ __all__ = [
     "Service",
     "Statistics",
     "Status",
+    "UnixCredentials",
+    "__version__",
     "connect",
     "current_call",
     "rpc",

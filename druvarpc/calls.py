@@ -376,23 +376,32 @@ class Options:
     Attributes:
         lane: their lane.
         metadata: sent with them.
-        timed: they ask for their times.
+        special: they need `apply`, since they ask for their times or aren't compressed.
     """
 
-    __slots__ = ("_report", "lane", "metadata", "timed")
+    __slots__ = ("_compress", "_report", "_timed", "lane", "metadata", "special")
 
     def __init__(
-        self, lane: Priority, metadata: tuple[tuple[str, str | bytes], ...], timings: Timings
+        self,
+        lane: Priority,
+        metadata: tuple[tuple[str, str | bytes], ...],
+        timings: Timings,
+        *,
+        compress: bool = True,
     ) -> None:
         self.lane = lane
         self.metadata = metadata
-        self.timed = timings is not False
+        self._timed = timings is not False
+        self._compress = compress
+        self.special = self._timed or not compress
         self._report = timings if callable(timings) else None
 
-    def time(self, call: Call) -> None:
-        """Let a new call ask for its times."""
-        call.timings = True
-        call.token = self._report
+    def apply(self, call: Call) -> None:
+        """Let a new call ask for its times, or go as it is."""
+        call.compress = self._compress
+        if self._timed:
+            call.timings = True
+            call.token = self._report
 
 
 def _details(details: bytes | None) -> object:

@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"druvarpc {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     ping = commands.add_parser("ping", help="measure the round trip to a server")
-    ping.add_argument("url", help="tcp://host:port or unix:///path")
+    ping.add_argument("url", help="tcp://host:port, tls://host:port, http(s)://host, unix:///path")
     ping.add_argument("--count", type=_positive, default=4, help="how often (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:

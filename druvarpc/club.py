@@ -164,8 +164,8 @@ class Club:
             metadata=stub.options.metadata,
             references=references,
         )
-        if stub.options.timed:
-            stub.options.time(call)
+        if stub.options.special:
+            stub.options.apply(call)
         reply.begin(call)
         self._begun.append((reply, call))
         return reply

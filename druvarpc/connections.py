@@ -17,7 +17,7 @@ round trip, for 0.2 s out of 10.
 
 import math
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Final, Literal
 
@@ -33,6 +33,7 @@ from druvarpc.protocol import (
     Limits,
     Priority,
 )
+from druvarpc.protocol.compression import Algorithm
 from druvarpc.protocol.goodput import ConnectionCount
 from druvarpc.statistics import Statistics, Totals
 from druvarpc.transports import Transport
@@ -71,6 +72,7 @@ class Connections:
         clubbing: how calls gather.
         limits: what the client accepts on each.
         timeout: seconds that opening one may take.
+        compression: the algorithms for what calls carry, the best first.
 
     Attributes:
         only: the calls of the connection, if there is only one, or none is left.
@@ -87,6 +89,7 @@ class Connections:
         clubbing: Clubbing,
         limits: Limits,
         timeout: float,
+        compression: Sequence[Algorithm] = (),
     ) -> None:
         self.nursery = nursery
         self.only: Calls | None = None
@@ -98,6 +101,7 @@ class Connections:
         self._clubbing = clubbing
         self._limits = limits
         self._timeout = timeout
+        self._compression = compression
         self._budget = Budget(limits.total_memory)
         self._totals = Totals()
         self._running: dict[ClientConnection, None] = {}
@@ -207,6 +211,7 @@ class Connections:
             limits=self._limits,
             clubbing=self._clubbing,
             budget=self._budget,
+            compression=self._compression,
         )
         connection = ClientConnection(core, transport, self._totals, self._note_change)
         self._running[connection] = None

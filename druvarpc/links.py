@@ -23,6 +23,7 @@ from typing import Final
 
 import trio
 
+from druvarpc.peers import Peer
 from druvarpc.protocol.connection import WRITE_SIZE
 from druvarpc.transports import Buffer
 
@@ -293,6 +294,7 @@ class End:
     """One end of a connection over a link: a transport."""
 
     peer = "link"
+    who = Peer("link")
 
     def __init__(self, connection: Connection, incoming: Pipe, outgoing: Pipe) -> None:
         self._connection = connection

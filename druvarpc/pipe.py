@@ -7,7 +7,7 @@ from typing import Any, Final
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task
 
-from druvarpc.errors import RpcError, Status
+from druvarpc.errors import RemoteProtocolError, RpcError, Status
 from druvarpc.protocol import Stream, Times
 from druvarpc.session import Session
 from druvarpc.transports import Buffer
@@ -97,7 +97,11 @@ class Pipe:
             await trio.lowlevel.checkpoint()
         session, stream = self._session, self._stream
         while True:
-            message = session.core.take(stream, session.now())
+            try:
+                message = session.core.take(stream, session.now())
+            except RemoteProtocolError:
+                session.handle_events()
+                raise session.lost() from None
             if message is not None:
                 if session.core.wants_to_send:
                     session.flush()

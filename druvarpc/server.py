@@ -1,28 +1,33 @@
 """The server: accepts connections, and runs the handlers of the services that it offers."""
 
+import ssl
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Final
 
 import trio
 
+from druvarpc.addresses import Address, parse_address
+from druvarpc.compression import Compression, algorithms_for
 from druvarpc.dispatch import Dispatcher
+from druvarpc.entrance import Entrance
 from druvarpc.errors import CloseCode
 from druvarpc.handlers import dispatch_table
+from druvarpc.http import Site
 from druvarpc.protocol import Budget, Connection, Limits
 from druvarpc.service import Service
 from druvarpc.session import GOODBYE, Session
 from druvarpc.statistics import Statistics, Totals
+from druvarpc.tls import HTTP, PROTOCOL, TLS, Contexts
 from druvarpc.transports import (
-    Address,
     Transport,
-    accepted_transport,
     check_congestion_control,
     listening_address,
     open_listeners,
-    parse_address,
     remove_socket,
 )
+from druvarpc.version import __version__
 
 DRAIN_TIMEOUT: Final = 30.0
 
@@ -35,9 +40,19 @@ class Server:
     """
 
     def __init__(
-        self, services: Sequence[Service], limits: Limits, congestion_control: str | None = None
+        self,
+        services: Sequence[Service],
+        limits: Limits,
+        congestion_control: str | None = None,
+        *,
+        contexts: Contexts | None = None,
+        proxy_protocol: bool = False,
+        compression: Compression | None = None,
     ) -> None:
+        self._compression = algorithms_for(compression)
         self._congestion_control = congestion_control
+        self._contexts = contexts
+        self._proxy_protocol = proxy_protocol
         self.addresses: list[str] = []
         self._bound: list[Address] = []
         self._table = dispatch_table(services)
@@ -89,27 +104,42 @@ class Server:
     ) -> None:
         """Listen and serve until cancelled or drained."""
         listeners: list[trio.SocketListener] = []
+        entrances: list[Entrance] = []
         try:
             for address in addresses:
-                listeners += await open_listeners(address, self._congestion_control)
+                opened = await open_listeners(address, self._congestion_control)
+                listeners += opened
+                entrances += [self._entrance(address)] * len(opened)
                 self._bound.append(address)
-            self.addresses = [str(listening_address(listener)) for listener in listeners]
+                self.addresses += [str(listening_address(one, address)) for one in opened]
             with self._serving:
                 async with trio.open_nursery() as nursery:
                     with self._accepting, ExitStack() as stack:
                         # Not as late as below: handlers may take long to end.
                         stack.callback(self._remove_sockets)
                         task_status.started(self)
-                        await trio.serve_listeners(self._accept, listeners, handler_nursery=nursery)
+                        async with trio.open_nursery() as accepting:
+                            for listener, entrance in zip(listeners, entrances, strict=True):
+                                accept = partial(self._accept, entrance)
+                                accepting.start_soon(
+                                    partial(trio.serve_listeners, handler_nursery=nursery),
+                                    accept,
+                                    [listener],
+                                )
         finally:
             self._remove_sockets()
             for listener in listeners:
                 listener.socket.close()
 
-    async def serve_transport(self, transport: Transport) -> None:
-        """Serve one connection until it ends."""
+    async def serve_transport(self, transport: Transport, since: float | None = None) -> None:
+        """Serve one connection until it ends; its handshake began at `since`."""
+        now = trio.current_time() if since is None else since
         core = Connection(
-            "server", now=trio.current_time(), limits=self._limits, budget=self._memory
+            "server",
+            now=now,
+            limits=self._limits,
+            budget=self._memory,
+            compression=self._compression,
         )
         async with trio.open_nursery() as nursery:
             dispatcher = Dispatcher(self._table, core, transport, nursery, self._totals)
@@ -136,15 +166,30 @@ class Server:
         while self._bound:
             remove_socket(self._bound.pop())
 
-    async def _accept(self, stream: trio.SocketStream) -> None:
-        await self.serve_transport(accepted_transport(stream))
+    def _entrance(self, address: Address) -> Entrance:
+        site = Site(
+            name=f"druvarpc {__version__}",
+            path=address.path if address.upgraded else "",
+            serving=lambda: not self._draining,
+            statistics=self.statistics,
+        )
+        contexts = self._contexts if address.secure else None
+        return Entrance(site, self._limits, contexts, proxied=self._proxy_protocol)
+
+    async def _accept(self, entrance: Entrance, stream: trio.SocketStream) -> None:
+        admitted = await entrance.admit(stream)
+        if admitted is not None:
+            await self.serve_transport(*admitted)
 
 
 async def serve(
     services: Sequence[Service],
     *addresses: str,
+    tls: TLS | ssl.SSLContext | None = None,
+    proxy_protocol: bool = False,
     limits: Limits = Limits(),
     congestion_control: str | None = None,
+    compression: Compression | None = None,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled, or until the server has been drained.
@@ -154,20 +199,53 @@ async def serve(
 
     Args:
         services: objects of classes derived from `Service`.
-        addresses: one or more of "tcp://host:port" and "unix:///path"; port 0 takes a free one.
+        addresses: one or more of "tcp://host:port", "tls://host:port" and "unix:///path"; port 0
+            takes a free one. Each of them answers HTTP too, and so does "http://host:port/path"
+            ("https:"), which moreover says where the upgrade is to be asked for; without a path,
+            and at the other addresses, that may be anywhere.
+        tls: how to encrypt at tls and https addresses: files, which may change while the server
+            runs, or a context, which is used as it is. See `TLS`.
+        proxy_protocol: every connection begins with a header of the PROXY protocol, version 1 or 2,
+            and the peers of calls are those that it names. Only for addresses that nobody but the
+            proxy can reach.
         limits: what each connection, and all together, may use.
         congestion_control: of TCP, for what this server sends; see `connect`.
+        compression: how arguments, results and items of streams are compressed for clients that
+            have been told of it too; see `connect`.
         task_status: reports the `Server`; given by `nursery.start`.
 
     Raises:
+        ImportError: zstd is asked for and isn't installed.
         TypeError: a service is none.
-        ValueError: an address isn't one, none is given, two services have the same method, or the
-            system doesn't have that congestion control.
-        OSError: it isn't possible to listen there.
+        ValueError: an address isn't one, none is given, `tls` is missing for one or belongs to
+            none, two services have the same method, or the system doesn't have that congestion
+            control.
+        OSError: it isn't possible to listen there, or a file of `tls` can't be used.
     """
     if not addresses:
         raise ValueError("serve() needs an address to listen on")
     parsed = [parse_address(address) for address in addresses]
+    contexts = _contexts(parsed, tls)
     if congestion_control is not None:
         check_congestion_control(congestion_control, parsed)
-    await Server(services, limits, congestion_control).run(parsed, task_status)
+    server = Server(
+        services,
+        limits,
+        congestion_control,
+        contexts=contexts,
+        proxy_protocol=proxy_protocol,
+        compression=compression,
+    )
+    await server.run(parsed, task_status)
+
+
+def _contexts(addresses: Sequence[Address], tls: TLS | ssl.SSLContext | None) -> Contexts | None:
+    """Return what the addresses that demand TLS need, None if none does."""
+    secure = [address for address in addresses if address.secure]
+    if secure and tls is None:
+        raise ValueError(f"{secure[0]}: TLS needs tls=")
+    if tls is None:
+        return None
+    if not secure:
+        raise ValueError("tls= is for tls:// and https:// addresses, and there is none")
+    return Contexts(tls, "server", [PROTOCOL, HTTP])

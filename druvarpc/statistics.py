@@ -35,6 +35,8 @@ class Statistics:
         calls_clubbed: calls or replies that went out in a frame with others.
         bytes_sent: written to sockets.
         bytes_received: read from sockets.
+        bytes_saved_sent: that needn't be sent, since what calls carried was compressed.
+        bytes_saved_received: that the peers needn't send, likewise, of what has been read.
         rtt: seconds of a round trip, the least measured on any open connection; None before the
             first measurement.
         send_window: bytes that may be sent before more credit comes, all connections together.
@@ -54,6 +56,8 @@ class Statistics:
     calls_clubbed: int
     bytes_sent: int
     bytes_received: int
+    bytes_saved_sent: int
+    bytes_saved_received: int
     rtt: float | None
     send_window: int
     receive_window: int
@@ -72,6 +76,8 @@ class Totals:
     calls_clubbed: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
+    bytes_saved_sent: int = 0
+    bytes_saved_received: int = 0
     times: TimesTotals = field(default_factory=TimesTotals)
     clubs: dict[tuple[str, ...], ClubCount] = field(
         default_factory=dict[tuple[str, ...], ClubCount]
@@ -83,6 +89,8 @@ class Totals:
         self.calls_clubbed += session.core.calls_clubbed
         self.bytes_sent += session.bytes_sent
         self.bytes_received += session.bytes_received
+        self.bytes_saved_sent += session.core.saved_sent
+        self.bytes_saved_received += session.core.saved_received
         _add_clubs(self.clubs, session)
 
     def with_open(self, sessions: Iterable[Session]) -> Statistics:
@@ -101,6 +109,9 @@ class Totals:
             calls_clubbed=self.calls_clubbed + sum(core.calls_clubbed for core in cores),
             bytes_sent=self.bytes_sent + sum(session.bytes_sent for session in opened),
             bytes_received=self.bytes_received + sum(one.bytes_received for one in opened),
+            bytes_saved_sent=self.bytes_saved_sent + sum(core.saved_sent for core in cores),
+            bytes_saved_received=self.bytes_saved_received
+            + sum(core.saved_received for core in cores),
             rtt=min((core.rtt for core in cores if core.rtt is not None), default=None),
             send_window=sum(core.send_window for core in cores),
             receive_window=sum(core.receive_window for core in cores),

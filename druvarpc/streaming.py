@@ -92,8 +92,8 @@ async def _open(
     )
     call.weight = _WEIGHT
     call.pipe = pipe = Pipe(calls.session, call)
-    if options.timed:
-        options.time(call)
+    if options.special:
+        options.apply(call)
     try:
         calls.submit(call)
     except ConnectionLost:

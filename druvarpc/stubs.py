@@ -79,8 +79,8 @@ class UnaryMethod(StubMethod):
         call = Call(calls, self.method.name, payload, lane=options.lane, metadata=options.metadata)
         if len(payload) > HEAVY:
             call.weight = len(payload)
-        if options.timed:
-            options.time(call)
+        if options.special:
+            options.apply(call)
         calls.submit(call, task)
         return call
 

@@ -12,6 +12,7 @@ from typing import Literal
 import trio
 
 from druvarpc.client import Client, connect_by
+from druvarpc.compression import Compression
 from druvarpc.links import Clock, Connection, End, Pipe, Wire
 from druvarpc.protocol import Clubbing, Limits
 from druvarpc.server import Server
@@ -159,6 +160,7 @@ async def connected(
     server_limits: Limits = Limits(),
     link: Link | None = None,
     timings: Timings = False,
+    compression: Compression | None = None,
 ) -> AsyncGenerator[Client, None]:
     """Yield a client of a server that offers `services`, both in this process.
 
@@ -172,8 +174,9 @@ async def connected(
         server_limits: what the server accepts from the client.
         link: what lies between the two, the client at its near end; None for nothing.
         timings: find out where the time of every call goes; see `Client.stub`.
+        compression: how both compress what calls carry; see `connect`.
     """
-    server = Server(services, server_limits)
+    server = Server(services, server_limits, compression=compression)
     async with quiet_nursery() as nursery:
 
         async def dial() -> Transport:
@@ -188,6 +191,7 @@ async def connected(
             clubbing=clubbing,
             limits=limits,
             timings=timings,
+            compression=compression,
         ) as client:
             yield client
         nursery.cancel_scope.cancel()

@@ -1,4 +1,4 @@
-"""Addresses, and the byte streams behind them: TCP, Unix sockets, memory.
+"""The byte streams of connections: TCP, Unix sockets, memory.
 
 A `Transport` carries bytes for one connection. It differs from a trio stream in what a call costs:
 `send_nowait` writes a list of buffers, without joining them, from whatever task has them, and
@@ -12,14 +12,15 @@ import stat
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol, cast
-from urllib.parse import urlsplit
 
 import trio
 
+from druvarpc.addresses import Address
 from druvarpc.errors import ConnectionLost
+from druvarpc.peers import Peer, credentials_of
 from druvarpc.protocol.connection import WRITE_SIZE
 from druvarpc.protocol.outflow import QUANTUM
 from druvarpc.tcp import send_buffer, set_congestion_control
@@ -42,58 +43,17 @@ LEAST_WRITE: Final = 16 * 1024
 MEMORY_BUFFER: Final = 256 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a server listens.
-
-    Attributes:
-        scheme: "tcp" or "unix".
-        host: name or number, for tcp.
-        port: for tcp; 0 to let the system choose one to listen on.
-        path: of the socket, for unix.
-    """
-
-    scheme: str
-    host: str = ""
-    port: int = 0
-    path: str = ""
-
-    def __str__(self) -> str:
-        if self.scheme == "unix":
-            return f"unix://{self.path}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"tcp://{host}:{self.port}"
-
-
-def parse_address(text: str) -> Address:
-    """Return the address that `text` is.
-
-    Raises:
-        ValueError: it is none: the message says what is wrong with it.
-    """
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError as error:
-        raise ValueError(f"{text!r}: {error}") from None
-    has_more = "?" in text or "#" in text
-    if parts.scheme == "unix":
-        if parts.netloc or not parts.path or has_more:
-            raise ValueError(f"{text!r}: a Unix address is unix:///path")
-        return Address("unix", path=parts.path)
-    if parts.scheme != "tcp":
-        raise ValueError(f"{text!r}: an address is tcp://host:port or unix:///path")
-    if not parts.hostname or port is None or parts.path or has_more or "@" in parts.netloc:
-        raise ValueError(f"{text!r}: a TCP address is tcp://host:port")
-    return Address("tcp", host=parts.hostname, port=port)
-
-
 class Transport(Protocol):
     """A two-way stream of bytes; one task reads."""
 
     @property
     def peer(self) -> str:
         """The other end's address, as far as it is known."""
+        ...
+
+    @property
+    def who(self) -> Peer:
+        """All that is known of the other end; `peer` is its address."""
         ...
 
     @property
@@ -150,19 +110,21 @@ class SocketTransport:
     Args:
         stream: the socket, which is this transport's from now on, with the options that trio sets:
             TCP_NODELAY, and little unsent in the kernel (TCP_NOTSENT_LOWAT).
-        peer: the other end's address.
+        who: the other end.
     """
 
-    __slots__ = ("_eager", "_send_buffer", "_socket", "peer", "write_size")
+    __slots__ = ("_eager", "_send_buffer", "_socket", "_unread", "peer", "who", "write_size")
 
-    def __init__(self, stream: trio.SocketStream, peer: str) -> None:
-        self.peer = peer
+    def __init__(self, stream: trio.SocketStream, who: Peer) -> None:
+        self.peer = who.address
+        self.who = who
         # Out of trio's wrapper, whose methods give up the task's turn after each system call.
         self._socket = socket.socket(fileno=stream.socket.detach())
         self._socket.setblocking(False)
         self.write_size = WRITE_SIZE
         self._send_buffer = send_buffer(self._socket)
         self._eager = False  # the last read was a full one: there is more
+        self._unread = b""
 
     def hold_back(self, gentle: bool) -> None:
         """See `Transport`."""
@@ -178,6 +140,8 @@ class SocketTransport:
                 raise trio.ClosedResourceError("this end was closed")
             if eager:
                 await trio.lowlevel.checkpoint()
+                if self._unread:
+                    return self._take_unread()
             else:
                 await trio.lowlevel.wait_readable(connected)
             try:
@@ -189,6 +153,20 @@ class SocketTransport:
             else:
                 self._eager = len(data) == RECEIVE_SIZE
                 return data
+
+    def unread(self, data: bytes) -> None:
+        """Let the next `receive` return this, which an earlier one has read too much."""
+        self._unread = data
+        self._eager = self._eager or bool(data)
+
+    def name_peer(self, who: Peer) -> None:
+        """Say who is at the other end, of which another than the kernel knows."""
+        self.who = who
+        self.peer = who.address
+
+    def _take_unread(self) -> bytes:
+        data, self._unread = self._unread, b""
+        return data
 
     def send_nowait(self, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
         """See `Transport`."""
@@ -284,6 +262,7 @@ class MemoryTransport:
     """One end of a connection within the process; made in pairs by `memory_transports`."""
 
     peer = "memory"
+    who = Peer("memory")
     write_size = WRITE_SIZE
 
     def __init__(self, incoming: _Pipe, outgoing: _Pipe) -> None:
@@ -292,6 +271,11 @@ class MemoryTransport:
 
     def hold_back(self, gentle: bool) -> None:
         """See `Transport`."""
+
+    def unread(self, data: bytes) -> None:
+        """Let the next `receive` return this first, which an earlier one has read too much."""
+        if data:
+            self._incoming.buffers.appendleft(data)
 
     async def receive(self) -> bytes:
         """See `Transport`."""
@@ -354,13 +338,15 @@ def check_congestion_control(name: str, addresses: Sequence[Address]) -> None:
     Raises:
         ValueError: they can't.
     """
-    if any(address.scheme != "tcp" for address in addresses):
+    if any(address.scheme == "unix" for address in addresses):
         raise ValueError(f"congestion control {name!r}: only TCP has one")
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         set_congestion_control(probe, name)
 
 
-async def open_transport(address: Address, congestion_control: str | None = None) -> Transport:
+async def open_transport(
+    address: Address, congestion_control: str | None = None
+) -> SocketTransport:
     """Connect; for a name with several addresses by Happy Eyeballs (RFC 8305).
 
     Args:
@@ -387,7 +373,7 @@ async def open_transport(address: Address, congestion_control: str | None = None
             raise ConnectionLost(
                 f"can't connect to {address}: {error}", not_started=True
             ) from error
-    return SocketTransport(stream, str(address))
+    return SocketTransport(stream, Peer(str(address), None, credentials_of(stream.socket)))
 
 
 async def open_listeners(
@@ -402,7 +388,7 @@ async def open_listeners(
     Raises:
         OSError: that isn't possible.
     """
-    if address.scheme == "tcp":
+    if address.scheme != "unix":
         listeners = await trio.open_tcp_listeners(address.port, host=address.host)
         if congestion_control is not None:
             for listener in listeners:
@@ -420,17 +406,18 @@ async def open_listeners(
     return [trio.SocketListener(listening)]
 
 
-def listening_address(listener: trio.SocketListener) -> Address:
-    """Return where a listener listens, with the port that the system chose."""
+def listening_address(listener: trio.SocketListener, address: Address) -> Address:
+    """Return where a listener for `address` listens, with the port that the system chose."""
     name = listener.socket.getsockname()
     if isinstance(name, str):
         return Address("unix", path=name)
-    return Address("tcp", host=name[0], port=name[1])
+    return replace(address, host=name[0], port=name[1])
 
 
 def accepted_transport(stream: trio.SocketStream) -> SocketTransport:
     """Return the transport of a connection that a listener accepted."""
-    return SocketTransport(stream, _peer_name(stream.socket))
+    who = Peer(_peer_name(stream.socket), None, credentials_of(stream.socket))
+    return SocketTransport(stream, who)
 
 
 def remove_socket(address: Address) -> None:

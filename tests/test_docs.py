@@ -25,6 +25,34 @@ def test_where_time_goes(tmp_path: Path) -> None:
     assert ran.stdout.strip() in [text.strip() for _, text in others]
 
 
+def test_transports(tmp_path: Path) -> None:
+    """Likewise: the page's first block, and the second."""
+    (kind, program), (_, output), *_ = blocks("transports.md")
+    assert kind == "python"
+    (tmp_path / "secure.py").write_text(program)
+    ran = subprocess.run(
+        [sys.executable, "secure.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == output
+
+
+def test_compression(tmp_path: Path) -> None:
+    """The page's first block is a program, and the second is its output."""
+    (kind, program), (_, output), *_ = blocks("compression.md")
+    assert kind == "python"
+    (tmp_path / "logs.py").write_text(program)
+    ran = subprocess.run(
+        [sys.executable, "logs.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    # zlib's versions differ in how well they compress.
+    figure = re.compile(r"\d+")
+    assert figure.sub("N", ran.stdout) == figure.sub("N", output)
+    sent, saved = (int(number) for number in figure.findall(ran.stdout))
+    assert saved > 5 * sent
+
+
 def test_testing(tmp_path: Path) -> None:
     """The page's blocks are one file of tests."""
     tests = "\n\n".join(text for kind, text in blocks("testing.md") if kind == "python")

@@ -1,9 +1,12 @@
 """druvarpc: the public API, at its defaults."""
 
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 
 import trio
 
@@ -13,6 +16,7 @@ from benchmarks.measure import (
     Load,
     Measured,
     Stopwatch,
+    folder,
     growth,
     noise,
     pieces,
@@ -23,6 +27,23 @@ from benchmarks.record import FIELDS, Record, read_fields, revised
 
 NAME = "druvarpc"
 PACKAGE = "druvarpc"
+
+
+@dataclass
+class Way:
+    """How client and server reach each other.
+
+    Attributes:
+        address: where the server listens; the client puts its port in the place of 0.
+        tls: makes what the server encrypts with, in its folder.
+    """
+
+    address: str = "tcp://127.0.0.1:0"
+    tls: Callable[[Path], druvarpc.TLS] | None = None
+
+
+# A variant of this peer, in a process of its own, sets another one.
+way = Way()
 
 
 class Bench(druvarpc.Service):
@@ -68,14 +89,23 @@ class Server(Bench):
 def serve(announce: Callable[[int], None]) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            server = await nursery.start(druvarpc.serve, [Server()], "tcp://127.0.0.1:0")
-            announce(int(server.addresses[0].rpartition(":")[2]))
+            own = folder(os.getpid())
+            own.mkdir()
+            tls = None if way.tls is None else way.tls(own)
+            start = partial(druvarpc.serve, [Server()], way.address.format(folder=own), tls=tls)
+            server = await nursery.start(start)
+            port = server.addresses[0].rpartition(":")[2]
+            announce(int(port) if port.isdecimal() else 0)
 
     trio.run(main)
 
 
 def connect(load: Load) -> AbstractAsyncContextManager[druvarpc.Client]:
-    return druvarpc.connect(f"tcp://127.0.0.1:{load.port}")
+    theirs = folder(load.server)
+    address = way.address.format(folder=theirs).replace(":0", f":{load.port}")
+    if way.tls is None:
+        return druvarpc.connect(address)
+    return druvarpc.connect(address, tls=druvarpc.TLS(authorities=theirs / "authority.pem"))
 
 
 async def echo(load: Load) -> Measured:

@@ -2,6 +2,7 @@
 
 from druvarpc.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from druvarpc.protocol.clubs import Clubbing, Outcome
+from druvarpc.protocol.compression import Algorithm
 from druvarpc.protocol.connection import Connection
 from druvarpc.protocol.events import (
     AuthReceived,
@@ -25,6 +26,7 @@ from druvarpc.protocol.times import Times
 from druvarpc.protocol.windows import Budget
 
 __all__ = [
+    "Algorithm",
     "AuthReceived",
     "Budget",
     "CallsReceived",

@@ -12,6 +12,9 @@ from typing import Final
 
 from druvarpc.errors import CloseCode, RemoteProtocolError
 from druvarpc.protocol.frames import (
+    COMPRESSED,
+    DATA,
+    END_MESSAGE,
     HEADER_SIZE,
     MAGIC,
     MAX_FIRST_FRAME,
@@ -60,9 +63,11 @@ class FrameBuffer:
     Args:
         sender: the role of the side whose bytes come here.
         max_frame: the greatest length of a body to accept, in bytes.
+        compressed: messages may be compressed.
     """
 
     __slots__ = (
+        "_compressed",
         "_has_settings",
         "_head",
         "_held",
@@ -73,9 +78,10 @@ class FrameBuffer:
         "_sender",
     )
 
-    def __init__(self, sender: Role, max_frame: int) -> None:
+    def __init__(self, sender: Role, max_frame: int, *, compressed: bool = False) -> None:
         self._sender = sender
         self._max_frame = max_frame
+        self._compressed = COMPRESSED if compressed else 0
         self._pieces: list[Buffer] = []
         self._held = 0
         self._need = len(PREFACE)
@@ -169,6 +175,8 @@ class FrameBuffer:
                 "SETTINGS came twice" if self._has_settings else "the first frame isn't SETTINGS"
             )
         self._has_settings = True
+        if flags & self._compressed and kind == DATA and flags & END_MESSAGE:
+            flags &= ~COMPRESSED
         check_header(kind, length, flags, id, self._sender)
 
 

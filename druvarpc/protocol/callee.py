@@ -21,6 +21,7 @@ from druvarpc.protocol.clubs import (
     reply_item,
     resolve,
 )
+from druvarpc.protocol.compression import LEAST_SIZE, Compressed
 from druvarpc.protocol.events import AuthReceived, CallsReceived, Readable, ResetReceived
 from druvarpc.protocol.frames import Buffer, Metadata
 from druvarpc.protocol.lanes import Priority
@@ -87,6 +88,7 @@ class Callee:
             and stream.outgoing is None
             and stream.club is None
             and stream.times is None
+            and (self._wire.compressor is None or len(payload) < LEAST_SIZE)
         ):
             # What follows, for a call without data.
             stream.final = [stream.id, payload]
@@ -115,15 +117,13 @@ class Callee:
         self._held.pop(stream, None)
         if stream.times is not None:
             stream.times.done = now
-        outflow, message = self._wire.outflow, None
-        if failed:
+        outflow = self._wire.outflow
+        if not failed:
+            stream.final = self._reply_with(stream, payload, outcome)
+        else:
+            stream.final = reply_item(stream.id, None, outcome)
             if not after_data:
                 outflow.close(stream)
-        elif payload is not None and len(payload) > self._wire.peer.max_inline:
-            message = payload
-        stream.final = reply_item(stream.id, None if message is not None else payload, outcome)
-        if message is not None:
-            outflow.push(stream, message)
         if stream.outgoing is not None and stream.outgoing.messages:
             outflow.offer(stream)
         else:
@@ -137,6 +137,22 @@ class Callee:
                 for ended, result in self._ended:
                     self._settle(ended, result, now)
                 self._ended.clear()
+
+    def _reply_with(
+        self, stream: Stream, payload: bytes | None, outcome: Outcome | None
+    ) -> list[object]:
+        """Return the reply with a result; one that is too large for it goes ahead as a message."""
+        if payload is None:
+            return reply_item(stream.id, None, outcome)
+        wire, packed = self._wire, None
+        if wire.compressor is not None:
+            packed = wire.compressor.compress(stream.method, payload)
+        if len(payload) > wire.peer.max_inline:
+            wire.outflow.push(stream, payload if packed is None else Compressed(packed))
+            return reply_item(stream.id, None, outcome)
+        if packed is None:
+            return reply_item(stream.id, payload, outcome)
+        return reply_item(stream.id, packed, outcome, compressed=True)
 
     def give_up(self, stream: Stream) -> None:
         """Put a failure in the place of a reply whose data the peer doesn't take."""
@@ -293,7 +309,7 @@ class Callee:
             raise RemoteProtocolError(f"call {frame.id} after call {wire.last_id}")
         if wire.got_goaway is not None:
             raise RemoteProtocolError("CALLS after GOAWAY")
-        calls = decode_calls(frame.body, self._names, wire.accepted, now)
+        calls = decode_calls(frame.body, self._names, wire.accepted, wire.decompressor, now)
         first = frame.id
         wire.last_id += len(calls)
         if wire.sent_goaway is not None:
@@ -341,13 +357,13 @@ class Callee:
             if readable:
                 wire.events.append(Readable(stream))
             return
+        stream.payload = wire.inflow.take(stream, now) if readable else None
         if wire.inflow.open(stream).too_long:
             most = wire.limits.max_message
             self._refuse(
                 stream, Status.RESOURCE_EXHAUSTED, f"arguments of more than {most} bytes", now
             )
             return
-        stream.payload = wire.inflow.take(stream, now) if readable else None
         if stream.payload is not None:
             if stream.times is not None:
                 stream.times.start = now

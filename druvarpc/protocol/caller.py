@@ -23,6 +23,7 @@ from druvarpc.protocol.clubs import (
     encode_calls,
     fits,
 )
+from druvarpc.protocol.compression import Compressed
 from druvarpc.protocol.events import (
     MetadataReceived,
     Readable,
@@ -84,6 +85,8 @@ class Caller:
             raise LocalProtocolError(f"{stream!r} refers to other calls outside a club")
         if stream.timings:
             self._time(stream, now)
+        if self.wire.compressor is not None:
+            self.wire.compress(stream)
         queue = self._queues[stream.lane]
         queue.append(stream)
         if not self._clubbing.linger or len(queue) >= self._clubbing.max_calls:
@@ -102,6 +105,9 @@ class Caller:
             self._check(call)
             if not fits(calls, index):
                 raise LocalProtocolError(f"{call.method}: references that a club can't have")
+        if self.wire.compressor is not None:
+            for call in calls:
+                self.wire.compress(call)
         size = sum(map(call_size, calls))
         for call in sorted(calls, key=call_size, reverse=True):
             if size > MAX_CLUB:
@@ -272,7 +278,8 @@ class Caller:
         outgoing = outflow.renew(call)
         if not call.inline:
             assert call.payload is not None
-            outgoing.push_first(call.payload)
+            packed = call.packed
+            outgoing.push_first(call.payload if packed is None else Compressed(packed))
             outgoing.ending = outgoing.ending or not call.more
         outflow.offer(call)
 
@@ -319,7 +326,9 @@ class Caller:
         wire = self.wire
         streams, replies = wire.streams, list[tuple[Stream, bytes | None, Outcome | None]]()
         try:
-            for id, payload, outcome in decode_replies(frame.body, wire.accepted):
+            for id, payload, outcome in decode_replies(
+                frame.body, wire.accepted, wire.decompressor
+            ):
                 stream = streams.get(id)
                 if stream is None:
                     raise RemoteProtocolError(f"a reply to call {id}, which isn't open")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from druvarpc.errors import RemoteProtocolError, RpcError, Status
+from druvarpc.protocol.compression import Decompressor
 from druvarpc.protocol.frames import (
     CALLS,
     REPLIES,
@@ -44,8 +45,10 @@ CALL_OVERHEAD: Final = 24
 _MORE: Final = 0x01
 _LANE: Final = 0x06
 _TIMINGS: Final = 0x08
+_COMPRESSED: Final = 0x10
 _UNKNOWN: Final = 0xF0
 _NOT_STARTED: Final = 0x01
+_REPLY_COMPRESSED: Final = 0x02
 _STATUSES: Final = {int(status): status for status in Status}
 _NAME: Final = re.compile(r"[A-Za-z0-9_.]{1,255}")
 _MAX_MICROSECONDS: Final = 2**53
@@ -89,6 +92,9 @@ class Outcome:
     not_started: bool = False
     trailers: Metadata = ()
     timings: tuple[int, int, int] | None = None
+
+
+_OK: Final = Outcome()
 
 
 class MethodNames:
@@ -145,11 +151,15 @@ def encode_calls(calls: Sequence[Stream], first: int, names: MethodNames, now: f
             flags |= _MORE
         if call.timings:
             flags |= _TIMINGS
+        payload = call.payload
+        if call.packed is not None:
+            payload = call.packed
+            flags |= _COMPRESSED if call.inline else 0
         method = numbers.get(call.method)
         item: list[object] = [
             names.first_use(call.method) if method is None else method,
             flags,
-            call.payload if call.inline else None,
+            payload if call.inline else None,
         ]
         if call.deadline is not None or call.metadata or call.references:
             item += _options(call, now)
@@ -169,7 +179,13 @@ def _options(call: Stream, now: float) -> list[object]:
     return options
 
 
-def decode_calls(body: Buffer, names: MethodNames, accepted: Settings, now: float) -> list[Stream]:
+def decode_calls(
+    body: Buffer,
+    names: MethodNames,
+    accepted: Settings,
+    decompressor: Decompressor,
+    now: float,
+) -> list[Stream]:
     """Return the calls of a CALLS frame, still without ids."""
     array = unpack_array(body, "CALLS", 1)
     most, known = accepted.max_inline, names.names
@@ -177,17 +193,20 @@ def decode_calls(body: Buffer, names: MethodNames, accepted: Settings, now: floa
         raise RemoteProtocolError(
             f"CALLS: {len(array)} calls in a club, at most {accepted.max_club} are accepted"
         )
+    unknown = _UNKNOWN & ~_COMPRESSED if decompressor.accepts else _UNKNOWN
     calls: list[Stream] = []
     for index, item in enumerate(array):
         check_array(item, "CALLS: call", 3)
         method, flags, payload = item if len(item) == 3 else item[:3]
-        if type(flags) is not int or flags < 0 or flags & _UNKNOWN or flags & _LANE == _LANE:
+        if type(flags) is not int or flags < 0 or flags & unknown or flags & _LANE == _LANE:
             raise RemoteProtocolError(f"CALLS: flags {show(flags)}")
         if payload is None:
             if not flags & _MORE:
                 raise RemoteProtocolError("CALLS: neither a payload nor MORE")
         elif type(payload) is not bytes or len(payload) > most:
             raise RemoteProtocolError(f"CALLS: a payload that isn't at most {most} bytes")
+        if flags & _COMPRESSED:
+            payload = _decompressed(payload, most, decompressor)
         if type(method) is int and 0 <= method < len(known):
             name = known[method]
         else:
@@ -209,6 +228,12 @@ def decode_calls(body: Buffer, names: MethodNames, accepted: Settings, now: floa
             call.references = _decode_references(element(item, 5), index)
         calls.append(call)
     return calls
+
+
+def _decompressed(payload: bytes | None, most: int, decompressor: Decompressor) -> bytes:
+    if payload is None:
+        raise RemoteProtocolError("COMPRESSED without a payload")
+    return decompressor.payload(payload, most)
 
 
 def _decode_references(value: object, index: int) -> tuple[Reference, ...]:
@@ -242,24 +267,29 @@ def encode_replies(replies: Sequence[list[object]]) -> bytes:
     return frame(REPLIES, pack(replies))
 
 
-def reply_item(id: int, payload: bytes | None, outcome: Outcome | None = None) -> list[object]:
+def reply_item(
+    id: int, payload: bytes | None, outcome: Outcome | None = None, *, compressed: bool = False
+) -> list[object]:
     """Return one reply as it stands in a REPLIES frame."""
+    flags = _REPLY_COMPRESSED if compressed else 0
     if outcome is None:
-        return [id, payload]
+        return [id, payload, None, None, None, flags] if flags else [id, payload]
+    if outcome.not_started:
+        flags |= _NOT_STARTED
     return [
         id,
         payload,
         int(outcome.status),
         shorten(outcome.message),
         outcome.details,
-        _NOT_STARTED if outcome.not_started else 0,
+        flags,
         flatten_metadata(outcome.trailers),
         outcome.timings,
     ]
 
 
 def decode_replies(
-    body: Buffer, accepted: Settings
+    body: Buffer, accepted: Settings, decompressor: Decompressor
 ) -> list[tuple[int, bytes | None, Outcome | None]]:
     """Return id, payload and, if it says more than OK, outcome of each reply of a REPLIES frame."""
     replies: list[tuple[int, bytes | None, Outcome | None]] = []
@@ -271,22 +301,28 @@ def decode_replies(
             raise RemoteProtocolError("REPLIES: an id that isn't an integer")
         if payload is not None and (type(payload) is not bytes or len(payload) > most):
             raise RemoteProtocolError(f"REPLIES: a payload that isn't at most {most} bytes")
-        outcome = _decode_outcome(item, accepted) if len(item) > 2 else None
-        if outcome is not None and outcome.status and payload is not None:
-            raise RemoteProtocolError("REPLIES: a payload with a status that isn't OK")
+        outcome = None
+        if len(item) > 2:
+            flags = check_optional_uint(element(item, 5), "REPLIES: flags")
+            outcome = _decode_outcome(item, flags, accepted)
+            if outcome.status and payload is not None:
+                raise RemoteProtocolError("REPLIES: a payload with a status that isn't OK")
+            if flags & _REPLY_COMPRESSED:
+                payload = _decompressed(payload, most, decompressor)
+                outcome = outcome if outcome != _OK else None
         replies.append((id, payload, outcome))
     return replies
 
 
-def _decode_outcome(item: list[Any], accepted: Settings) -> Outcome:
+def _decode_outcome(item: list[Any], flags: int, accepted: Settings) -> Outcome:
     number = check_optional_uint(item[2], "REPLIES: status")
     details = element(item, 4)
     if details is not None and (type(details) is not bytes or len(details) > accepted.max_inline):
         raise RemoteProtocolError(
             f"REPLIES: details that aren't at most {accepted.max_inline} bytes"
         )
-    flags = check_optional_uint(element(item, 5), "REPLIES: flags")
-    if flags & 0xFF & ~_NOT_STARTED or (flags & _NOT_STARTED and not number):
+    known = _NOT_STARTED | _REPLY_COMPRESSED if accepted.compression else _NOT_STARTED
+    if flags & 0xFF & ~known or (flags & _NOT_STARTED and not number):
         raise RemoteProtocolError(f"REPLIES: flags {flags:#x}")
     timings = element(item, 7)
     if timings is not None:
@@ -334,8 +370,9 @@ def cut_at(calls: Sequence[Stream], most: int) -> int:
 def call_size(call: Stream) -> int:
     """Return the bytes that a call takes in a frame, or a few more."""
     size = CALL_OVERHEAD + len(call.method)
-    if call.inline and call.payload is not None:
-        size += len(call.payload)
+    payload = call.packed or call.payload
+    if call.inline and payload is not None:
+        size += len(payload)
     if call.metadata or call.references:
         size += metadata_size(call.metadata) + len(pack(call.references))
     return size

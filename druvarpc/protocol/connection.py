@@ -25,6 +25,7 @@ from druvarpc.protocol.buffer import Frame, FrameBuffer
 from druvarpc.protocol.callee import Callee
 from druvarpc.protocol.caller import Caller
 from druvarpc.protocol.clubs import Clubbing, Outcome
+from druvarpc.protocol.compression import Algorithm, Compressed
 from druvarpc.protocol.events import (
     Event,
     GoAwayReceived,
@@ -56,6 +57,8 @@ class Connection:
         limits: what this end accepts.
         clubbing: how calls gather; the client's.
         budget: memory that this connection shares with others; see `release`.
+        compression: the algorithms by which this end may be sent what is compressed, and sends it;
+            the best first.
 
     Attributes:
         role: which end.
@@ -87,12 +90,13 @@ class Connection:
         limits: Limits | None = None,
         clubbing: Clubbing | None = None,
         budget: Budget | None = None,
+        compression: Sequence[Algorithm] = (),
     ) -> None:
         self.role = Role(role)
         self.closed = False
         limits = limits or Limits()
         self.limits = limits
-        self._wire = wire = Wire(self.role, limits, now, budget)
+        self._wire = wire = Wire(self.role, limits, now, budget, compression)
         self._liveness = Liveness(limits, now)
         self._closing = False
         self._draining = False  # GOAWAY is still to be sent
@@ -108,7 +112,7 @@ class Connection:
             self._half = Callee(wire)
             sender = Role.CLIENT
         wire.outflow.clubs = self._half
-        self._frames = FrameBuffer(sender, limits.max_frame)
+        self._frames = FrameBuffer(sender, limits.max_frame, compressed=bool(compression))
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "closing" if self._closing else "open"
@@ -157,6 +161,17 @@ class Connection:
     def receive_window(self) -> int:
         """Bytes of the window that this end gives the connection."""
         return self._wire.inflow.window.size
+
+    @property
+    def saved_sent(self) -> int:
+        """Bytes that needn't be sent, since payloads and messages were compressed."""
+        compressor = self._wire.compressor
+        return 0 if compressor is None else compressor.saved
+
+    @property
+    def saved_received(self) -> int:
+        """Bytes that the peer needn't send, likewise, of what has been taken."""
+        return self._wire.decompressor.saved
 
     @property
     def clubs_sent(self) -> int:
@@ -226,8 +241,7 @@ class Connection:
                 if self._closing:  # the peer said that it closes; nothing after that counts
                     return
         except RemoteProtocolError as error:
-            self._error = error
-            self.close(error.code, str(error))
+            self._fail(error)
             return
         in_frame = self._frames.in_frame
         if self._liveness.heard(now, in_frame=in_frame, completed=completed):
@@ -295,8 +309,7 @@ class Connection:
             if self._liveness.expire(now):
                 self.ping(now)
         except RemoteProtocolError as error:
-            self._error = error
-            self.close(error.code, str(error))
+            self._fail(error)
             return
         self._half.expire(now)
         for stream in self._wire.outflow.expire(now, self.limits.stall_timeout):
@@ -333,6 +346,12 @@ class Connection:
             self._closing = True
             self._wire.goaway(code, message, self._last_accepted())
             self._farewell, self._wire.control = self._wire.control, []
+
+    def _fail(self, error: RemoteProtocolError) -> None:
+        """End since the peer broke the protocol, if this hasn't ended already."""
+        if not self._closing:
+            self._error = error
+            self.close(error.code, str(error))
 
     def release(self) -> None:
         """Give the shared budget back what this connection took; for when its transport is gone."""
@@ -441,7 +460,10 @@ class Connection:
             LocalProtocolError: nothing can be sent in this stream (any more).
         """
         self._check_sending(stream)
-        outflow = self._wire.outflow
+        outflow, compressor = self._wire.outflow, self._wire.compressor
+        if compressor is not None and stream.compress:
+            packed = compressor.compress(stream.method, message)
+            message = message if packed is None else Compressed(packed)
         has_room = outflow.push(stream, message)
         if stream.id:
             outflow.offer(stream)
@@ -457,8 +479,15 @@ class Connection:
         Returns:
             the message; or None, and then `Readable` or the reply tells when to ask again, unless
             `incoming` says that no more will come.
+
+        Raises:
+            RemoteProtocolError: the message is compressed wrongly, which ends the connection.
         """
-        return self._wire.inflow.take(stream, now)
+        try:
+            return self._wire.inflow.take(stream, now)
+        except RemoteProtocolError as error:
+            self._fail(error)
+            raise
 
     def incoming(self, stream: Stream) -> Incoming:
         """Return what has come in a stream and hasn't been taken."""
@@ -507,12 +536,7 @@ class Connection:
 
     def _on_settings(self, frame: Frame, now: float) -> None:
         wire = self._wire
-        before, wire.peer = wire.peer, frames.decode_settings(frame.body)
-        wire.outflow.settle(
-            wire.peer.connection_window - before.connection_window,
-            wire.peer.stream_window,
-            wire.streams.values(),
-        )
+        wire.settle(frames.decode_settings(frame.body))
         self._liveness.settled = True
         if self.role is Role.CLIENT:
             self._caller.offer()

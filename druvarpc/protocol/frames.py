@@ -40,6 +40,7 @@ METADATA: Final = 0x14
 
 END_MESSAGE: Final = 0x01
 END_STREAM: Final = 0x02
+COMPRESSED: Final = 0x04  # only where the receiver has announced that it decompresses
 
 MAX_ID: Final = 2**56 - 1
 MAX_WINDOW: Final = 2**31 - 1
@@ -103,6 +104,7 @@ class Settings:
         stream_window: initial credit of each stream, in bytes.
         connection_window: initial credit of the connection, in bytes.
         max_metadata: size of the metadata of one call or reply, in bytes.
+        compression: the algorithms that payloads and messages may be compressed by, as bits.
     """
 
     max_frame: int = 65_536
@@ -112,6 +114,7 @@ class Settings:
     stream_window: int = 65_536
     connection_window: int = 65_536
     max_metadata: int = 8_192
+    compression: int = 0
 
     def __post_init__(self) -> None:
         for field, greatest in zip(fields(self), _GREATEST, strict=True):
@@ -123,7 +126,10 @@ class Settings:
 
 
 # In the order of the fields, whose keys on the wire count from 1.
-_GREATEST: Final = (16_777_215, 1_000_000, 65_536, 32_768, MAX_WINDOW, MAX_WINDOW, 1_048_576)
+_GREATEST: Final = (
+    *(16_777_215, 1_000_000, 65_536, 32_768, MAX_WINDOW, MAX_WINDOW, 1_048_576),
+    255,
+)
 _SETTING_NAMES: Final = dict(enumerate((field.name for field in fields(Settings)), start=1))
 
 

@@ -12,7 +12,8 @@ when some is given back.
 from collections.abc import Set
 
 from druvarpc.protocol.buffer import Frame
-from druvarpc.protocol.frames import END_MESSAGE, Buffer
+from druvarpc.protocol.compression import Decompressor
+from druvarpc.protocol.frames import COMPRESSED, END_MESSAGE, Buffer
 from druvarpc.protocol.limits import Limits
 from druvarpc.protocol.streams import Incoming, State, Stream
 from druvarpc.protocol.windows import LEAST_RTT, MOST_RTT, Budget, ReceiveWindow
@@ -28,6 +29,7 @@ class Inflow:
         limits: what this end accepts.
         receiving: the states of a stream in which data can come.
         budget: memory that is shared with other connections.
+        decompressor: for messages that the peer has compressed.
 
     Attributes:
         rtt: seconds that windows take for a round trip.
@@ -37,6 +39,7 @@ class Inflow:
 
     __slots__ = (
         "_budget",
+        "_decompressor",
         "_favoured",
         "_limits",
         "_receiving",
@@ -46,8 +49,15 @@ class Inflow:
         "window",
     )
 
-    def __init__(self, limits: Limits, receiving: Set[State], budget: Budget | None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        receiving: Set[State],
+        budget: Budget | None,
+        decompressor: Decompressor | None = None,
+    ) -> None:
         self.rtt = MOST_RTT
+        self._decompressor = decompressor
         self._limits = limits
         self._receiving = receiving
         self._budget = Budget(limits.memory, budget)
@@ -101,7 +111,7 @@ class Inflow:
                 _add(incoming.parts, piece)
         if frame.flags & END_MESSAGE:
             wanted = incoming.wanted
-            incoming.finish()
+            incoming.finish(compressed=bool(frame.flags & COMPRESSED))
             self._starving.pop(stream, None)
             return wanted
         if incoming.wanted:
@@ -109,16 +119,28 @@ class Inflow:
         return False
 
     def take(self, stream: Stream, now: float) -> bytes | None:
-        """Return the next message of a stream, or None and note that it is waited for."""
+        """Return the next message of a stream, or None and note that it is waited for.
+
+        Raises:
+            RemoteProtocolError: it is compressed wrongly; it stays there.
+        """
         incoming = self.open(stream)
         if not incoming.messages:
             incoming.wanted = True
             self._advance(stream, incoming, now)
             return None
-        message, connection, own, advanced = incoming.messages.popleft()
+        message: bytes | None
+        message, connection, own, advanced, compressed = incoming.messages[0]
+        if compressed:
+            assert self._decompressor is not None, "its flag would have been refused"
+            message = self._decompressor.decompress(message, self._limits.max_message)
+        incoming.messages.popleft()
         self.discard(connection, now)
         self._consume(stream, incoming, own, now)
         self._give(stream, advanced, now)
+        if message is None:
+            incoming.too_long = True
+            self.close(stream, now)
         return message
 
     def end(self, stream: Stream, now: float) -> None:

@@ -58,9 +58,18 @@ class Limits:
             if not getattr(self, field.name) > 0:
                 raise ValueError(f"{field.name} must be more than 0")
 
-    def settings(self) -> Settings:
-        """Return what of this the peer is told."""
-        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
+    def settings(self, compression: int = 0) -> Settings:
+        """Return what of this the peer is told, with the algorithms that it may compress by."""
+        return Settings(
+            max_frame=self.max_frame,
+            max_calls=self.max_calls,
+            max_club=self.max_club,
+            max_inline=self.max_inline,
+            stream_window=self.stream_window,
+            connection_window=self.connection_window,
+            max_metadata=self.max_metadata,
+            compression=compression,
+        )
 
 
 class Patience:

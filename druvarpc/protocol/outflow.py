@@ -12,7 +12,6 @@ from typing import Final, Protocol
 
 from druvarpc.protocol.events import Event, Writable
 from druvarpc.protocol.frames import (
-    END_MESSAGE,
     END_STREAM,
     FRAME_COST,
     HEADER_SIZE,
@@ -206,14 +205,15 @@ class Outflow:
             return 0
         if outgoing.blocked is not None:
             outgoing.unblock(now)
-        body, last = outgoing.cut(min(size, credit))
+        body, flags = outgoing.cut(min(size, credit))
         cost = len(body) + FRAME_COST
         self.window.spend(cost)
         outgoing.window.spend(cost)
         self.frames_sent += 1
         done = not outgoing.messages
         ends = done and outgoing.ending
-        flags = (END_MESSAGE if last else 0) | (END_STREAM if ends else 0)
+        if ends:
+            flags |= END_STREAM
         out += (data_header(len(body), flags, stream.id), body)
         if outgoing.congested and outgoing.queued <= LOW_MARK:
             outgoing.congested = False

@@ -8,7 +8,8 @@ from collections import deque
 from enum import Enum, auto
 from typing import Final, NamedTuple
 
-from druvarpc.protocol.frames import FRAME_COST, Buffer, Metadata
+from druvarpc.protocol.compression import Compressed
+from druvarpc.protocol.frames import COMPRESSED, END_MESSAGE, FRAME_COST, Buffer, Metadata
 from druvarpc.protocol.lanes import Priority
 from druvarpc.protocol.times import Times
 from druvarpc.protocol.windows import ReceiveWindow, SendWindow
@@ -148,18 +149,19 @@ class Outgoing:
         self.push(message)
         self.messages.rotate(1)
 
-    def cut(self, most: int) -> tuple[Buffer, bool]:
-        """Take at most `most` bytes of the first message; tell whether they end it."""
+    def cut(self, most: int) -> tuple[Buffer, int]:
+        """Take at most `most` bytes of the first message; return them and their frame's flags."""
         message = self.messages[0]
         start, size = self.offset, self.first
         if size <= most:
             self.messages.popleft()
             self.offset = 0
             self._count(-size - FRAME_COST)
-            return (memoryview(message)[start:] if start else message), True
+            flags = END_MESSAGE if type(message) is not Compressed else END_MESSAGE | COMPRESSED
+            return (memoryview(message)[start:] if start else message), flags
         self.offset += most
         self._count(-most)
-        return memoryview(message)[start : self.offset], False
+        return memoryview(message)[start : self.offset], 0
 
     def drop(self) -> None:
         """Forget all that waits."""
@@ -181,7 +183,8 @@ class Incoming:
 
     Attributes:
         messages: complete ones with what is still to give back for them: to the connection, to the
-            stream, to the budget.
+            stream, to the budget; and whether they are compressed, which they stay until they are
+            taken, so that they take no more memory than they cost credit.
         wanted: the application waits for the message that is arriving.
         too_long: the message that is arriving passed the limit; the rest of the stream is dropped.
         ended: no message comes after those that are queued.
@@ -207,7 +210,7 @@ class Incoming:
 
     def __init__(self, window: ReceiveWindow) -> None:
         self.window = window
-        self.messages: deque[tuple[bytes, int, int, int]] = deque()
+        self.messages: deque[tuple[bytes, int, int, int, bool]] = deque()
         self.parts: list[Buffer] = []
         self.size = 0
         self.cost = 0
@@ -224,12 +227,11 @@ class Incoming:
         """Whether a message has begun to arrive and isn't complete."""
         return self.cost > 0
 
-    def finish(self) -> None:
+    def finish(self, *, compressed: bool) -> None:
         """Make the message that has arrived one of the complete ones."""
         whole = bytes(self.parts[0]) if len(self.parts) == 1 else b"".join(self.parts)
-        self.messages.append(
-            (whole, self.cost - self.returned, self.cost - self.advanced, self.advanced)
-        )
+        owed = self.cost - self.returned, self.cost - self.advanced, self.advanced
+        self.messages.append((whole, *owed, compressed))
         self.parts = []
         self.size = self.cost = self.returned = self.advanced = 0
         self.wanted = False
@@ -275,12 +277,14 @@ class Stream:
         deadline: when the caller stops waiting, in the clock of `now`; None for never.
         metadata: what goes with the call.
         timings: the caller asks where the call's time goes.
+        compress: what is sent for it may be compressed.
         references: arguments that are results of other calls of the club.
         token: the owner's own; the core never looks at it.
 
     Attributes:
         id: its number in the connection; 0 until the call has been sent.
         state: where it stands.
+        packed: the compressed form in which the client sends the payload, None for as it is.
         times: once it is submitted or has come, if the caller asks for timings. The server's owner
             notes there when the handler begins and is idle, the client's when the caller is.
     """
@@ -288,6 +292,7 @@ class Stream:
     __slots__ = (
         "abandoned",
         "club",
+        "compress",
         "deadline",
         "final",
         "id",
@@ -298,6 +303,7 @@ class Stream:
         "method",
         "more",
         "outgoing",
+        "packed",
         "payload",
         "references",
         "state",
@@ -316,6 +322,7 @@ class Stream:
         deadline: float | None = None,
         metadata: Metadata = (),
         timings: bool = False,
+        compress: bool = True,
         references: tuple[Reference, ...] = (),
         token: object = None,
     ) -> None:
@@ -328,6 +335,8 @@ class Stream:
         self.deadline = deadline
         self.metadata = metadata
         self.timings = timings
+        self.compress = compress
+        self.packed: bytes | None = None
         self.times: Times | None = None
         self.references = references
         self.token = token

@@ -4,11 +4,13 @@
 other; `Connection` holds all three.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 from druvarpc.errors import CloseCode, RemoteProtocolError
 from druvarpc.protocol import frames
 from druvarpc.protocol.buffer import Frame
+from druvarpc.protocol.compression import Algorithm, Compressor, Decompressor, best_of
 from druvarpc.protocol.events import Event
 from druvarpc.protocol.frames import END_MESSAGE, END_STREAM, FRAME_COST, Buffer, Role, Settings
 from druvarpc.protocol.inflow import Inflow
@@ -48,16 +50,21 @@ class Wire:
         clubs: CALLS frames sent and the calls in them, by the methods in the frame: a name for one
             call alone, and no method for all that came after `MAX_COMBINATIONS`.
         framed: the times of calls whose frames the last `data_to_send` returned.
+        compressor: for what this end sends; None as long as the peer hasn't said that it takes it.
+        decompressor: for what it receives.
     """
 
     __slots__ = (
+        "_algorithms",
         "_crossed",
         "_sending",
         "accepted",
         "calls_clubbed",
         "clubs",
         "clubs_sent",
+        "compressor",
         "control",
+        "decompressor",
         "events",
         "framed",
         "got_goaway",
@@ -71,10 +78,20 @@ class Wire:
         "streams",
     )
 
-    def __init__(self, role: Role, limits: Limits, now: float, budget: Budget | None) -> None:
+    def __init__(
+        self,
+        role: Role,
+        limits: Limits,
+        now: float,
+        budget: Budget | None,
+        algorithms: Sequence[Algorithm],
+    ) -> None:
         self._sending, receiving = _DIRECTIONS[role]
         self.limits = limits
-        self.accepted = limits.settings()
+        self._algorithms = algorithms
+        self.compressor: Compressor | None = None
+        self.decompressor = Decompressor(algorithms)
+        self.accepted = limits.settings(self.decompressor.accepts)
         self.peer = Settings()
         self.events: list[Event] = []
         self.control: list[Buffer] = [frames.PREFACE, frames.encode_settings(self.accepted)]
@@ -88,8 +105,24 @@ class Wire:
         self.framed: list[Times] = []
         self._crossed = 0
         self.patience = Patience(now)
-        self.inflow = Inflow(limits, receiving, budget)
+        self.inflow = Inflow(limits, receiving, budget, self.decompressor)
         self.outflow = Outflow(self.peer.connection_window, self.events)
+
+    def settle(self, peer: Settings) -> None:
+        """Note what the other end accepts."""
+        before, self.peer = self.peer, peer
+        self.compressor = best_of(self._algorithms, peer.compression)
+        self.outflow.settle(
+            peer.connection_window - before.connection_window,
+            peer.stream_window,
+            self.streams.values(),
+        )
+
+    def compress(self, call: Stream) -> None:
+        """Compress the payload of a call that is submitted, if that is worth it."""
+        payload = call.payload
+        if self.compressor is not None and payload is not None and call.compress:
+            call.packed = self.compressor.compress(call.method, payload)
 
     def move(self, stream: Stream, what: Input) -> None:
         """Move a stream by what the peer sent; forget it when it is CLOSED."""

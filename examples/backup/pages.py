@@ -20,9 +20,9 @@ from .crypt import Box
 from .errors import PageError
 from .tree import HOLE, Entry, Kind
 
-# Entries on average, and at most. Larger pages compress better; smaller ones are less to send where
-# little has changed.
-CUT_MASK = 0x7F
+# Entries on average (64), and at most. Larger pages compress better; smaller ones are less to send
+# where little has changed: some 4 KB for each file that did.
+CUT_MASK = 0x3F
 MAX_ENTRIES = 1000
 
 # Entries of one page, roughly, in bytes: paths, chunk ids, attributes. An entry has at most 110 KB.

@@ -28,8 +28,9 @@ PART_CHUNKS = 1024
 # Stands for a chunk where a sparse file has a hole. No BLAKE3 hash is known that gives it.
 HOLE = bytes(32)
 
-# All extended attributes of an entry, names and values, in bytes: what Linux allows one value.
-MAX_XATTRS = 64 * 1024
+# All extended attributes of an entry, names and values, in bytes. Linux allows 64 KiB a value, and
+# few file systems more for all of them.
+MAX_XATTRS = 128 * 1024
 
 
 class Kind(IntEnum):
@@ -313,10 +314,15 @@ def _xattrs(file: bytes | int, *, follow: bool = True) -> tuple[tuple[bytes, byt
         return ()
     try:
         names = os.listxattr(file, follow_symlinks=follow)
-        return tuple(
+        if not names:
+            return ()
+        found = tuple(
             (os.fsencode(name), os.getxattr(file, name, follow_symlinks=follow))
             for name in sorted(names)
         )
+        if sum(len(name) + len(value) for name, value in found) > MAX_XATTRS:
+            raise OSError(errno.E2BIG, f"extended attributes of more than {MAX_XATTRS} bytes")
+        return found
     except OSError as error:
         # None here; or one was removed meanwhile, which changes the file's ctime.
         if error.errno in (errno.ENOTSUP, errno.ENODATA):

@@ -16,6 +16,7 @@ from examples.backup.excludes import excluding
 from examples.backup.tree import (
     DEVICES,
     HOLE,
+    MAX_XATTRS,
     PART_CHUNKS,
     Entry,
     Found,
@@ -272,7 +273,7 @@ FIRST = Entry(b"b", Kind.FILE, 0o644, 0, 5, chunks=(b"1" * 32,), sizes=(5,))
         FIRST._replace(path=b"c", link=b"d", chunks=(), sizes=()),
         FIRST._replace(path=b"c", link=b"c", chunks=(), sizes=()),
         Entry(b"c", Kind.SYMLINK, 0, 0, link=b"b"),
-        FIRST._replace(path=b"c", xattrs=((b"user.x", bytes(65536)),)),
+        FIRST._replace(path=b"c", xattrs=((b"user.x", bytes(MAX_XATTRS)),)),
         FIRST._replace(path=b"c", chunks=(HOLE,), sizes=(0,)),
     ],
 )

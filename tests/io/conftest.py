@@ -6,13 +6,21 @@ import trio
 
 import druvarpc
 from druvarpc.testing import connected
+from tests.io.certificates import Authority, authority
 from tests.io.services import Reach, reach_by
 
 
-@pytest.fixture(params=["memory", "tcp", "unix"])
-def reach(request: pytest.FixtureRequest, tmp_path) -> Reach:
+@pytest.fixture(scope="session")
+def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """An authority whose files no test changes."""
+    return authority(tmp_path_factory.mktemp("ca"))
+
+
+# An upgraded connection of HTTP is one of TCP from then on: tests/io/test_http.py is enough for it.
+@pytest.fixture(params=["memory", "tcp", "unix", "tls"])
+def reach(request: pytest.FixtureRequest, tmp_path, ca: Authority) -> Reach:
     """Connect a client to services over each of the transports."""
-    return reach_by(request.param, tmp_path)
+    return reach_by(request.param, tmp_path, ca)
 
 
 @pytest.fixture(params=["memory", "tcp"])

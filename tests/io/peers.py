@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 import druvarpc
+from druvarpc.addresses import parse_address
 from druvarpc.client import connect_by
 from druvarpc.protocol.frames import (
     CALLS,
@@ -230,9 +231,9 @@ class Seen:
 class RawPeer:
     """One end of a TCP connection that the test writes by hand."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, received: bytes = b"") -> None:
         self.stream = stream
-        self._input = bytearray()
+        self._input = bytearray(received)
         self._greeted = False
 
     async def send(self, data: bytes) -> bool:
@@ -281,7 +282,7 @@ class RawPeer:
 
 
 def port_of(server: druvarpc.Server) -> int:
-    return int(server.addresses[0].rpartition(":")[2])
+    return parse_address(server.addresses[0]).port
 
 
 @asynccontextmanager
@@ -311,7 +312,8 @@ class Vanishing:
     """One end of a connection in memory that can go away without a word."""
 
     def __init__(self, inner: MemoryTransport) -> None:
-        self.peer = "vanishing"
+        self.who = druvarpc.Peer("vanishing")
+        self.peer = self.who.address
         self.write_size = inner.write_size
         self.gone = False
         self._inner = inner
@@ -346,6 +348,35 @@ class Vanishing:
 def vanishing_pair() -> tuple[Vanishing, Vanishing]:
     near, far = memory_transports()
     return Vanishing(near), Vanishing(far)
+
+
+# --- bytes ---
+
+
+def buffers_of_all_sizes() -> list[Buffer]:
+    sizes = [0, 1, 7, 1000, 0, 0, 70_000, 3] * 200 + [3_000_000, 0]
+    kinds = (bytes, bytearray, lambda data: memoryview(bytearray(data)))
+    return [kinds[i % 3](bytes([i % 251]) * size) for i, size in enumerate(sizes)]
+
+
+async def send_all(transport: Transport, buffers: Sequence[Buffer]) -> None:
+    while buffers := transport.send_nowait(buffers):
+        await transport.wait_writable()
+
+
+async def carried(sender: Transport, receiver: Transport, buffers: Sequence[Buffer]) -> bytes:
+    """Return what the receiver gets when the sender sends these and its end."""
+    received = bytearray()
+
+    async def receive() -> None:
+        while data := await receiver.receive():
+            received.extend(data)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await send_all(sender, buffers)
+        sender.send_eof()
+    return bytes(received)
 
 
 # --- processes ---

@@ -16,6 +16,7 @@ import trio
 
 import druvarpc
 from druvarpc.testing import connected
+from tests.io.certificates import Authority
 
 
 @dataclass(frozen=True)
@@ -194,23 +195,25 @@ async def served(
     address: str = "tcp://127.0.0.1:0",
     *,
     server_limits: druvarpc.Limits = druvarpc.Limits(),
+    tls: druvarpc.TLS | None = None,
 ) -> AsyncGenerator[druvarpc.Server, None]:
     """Serve on a real socket for the time of a block."""
     async with trio.open_nursery() as nursery:
         server: druvarpc.Server = await nursery.start(
             lambda task_status: druvarpc.serve(
-                services, address, limits=server_limits, task_status=task_status
+                services, address, limits=server_limits, tls=tls, task_status=task_status
             )
         )
         yield server
         nursery.cancel_scope.cancel()
 
 
-def reach_by(kind: str, folder: Path) -> Reach:
-    """Return what connects to services in memory, by TCP or by a Unix socket."""
+def reach_by(kind: str, folder: Path, ca: Authority) -> Reach:
+    """Return what connects to services in memory, by TCP, by a Unix socket, or by TLS."""
     if kind == "memory":
         return connected
-    address = "tcp://127.0.0.1:0" if kind == "tcp" else f"unix://{folder}/socket"
+    address = f"unix://{folder}/socket" if kind == "unix" else f"{kind}://127.0.0.1:0"
+    server_tls, client_tls = (ca.server(), ca.client()) if kind == "tls" else (None, None)
 
     @asynccontextmanager
     async def reach(
@@ -221,8 +224,10 @@ def reach_by(kind: str, folder: Path) -> Reach:
         server_limits: druvarpc.Limits = druvarpc.Limits(),
     ) -> AsyncGenerator[druvarpc.Client, None]:
         async with (
-            served(services, address, server_limits=server_limits) as server,
-            druvarpc.connect(server.addresses[0], clubbing=clubbing, limits=limits) as client,
+            served(services, address, server_limits=server_limits, tls=server_tls) as server,
+            druvarpc.connect(
+                server.addresses[0], tls=client_tls, clubbing=clubbing, limits=limits
+            ) as client,
         ):
             yield client
 

@@ -72,10 +72,8 @@ def workshop() -> Workshop:
 @pytest.mark.parametrize(
     ("sent", "code"),
     [
-        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", CloseCode.PROTOCOL_ERROR),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", CloseCode.PROTOCOL_ERROR),
         (b"\x00" * 1000, CloseCode.PROTOCOL_ERROR),
-        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", CloseCode.PROTOCOL_ERROR),
         (PREFACE[:-1] + b"\x09", CloseCode.VERSION_MISMATCH),
         (PREFACE + frame(PING, id=1), CloseCode.PROTOCOL_ERROR),
         (PREFACE + b"\x01\xff\xff\xff" + bytes(8), CloseCode.FRAME_TOO_LARGE),

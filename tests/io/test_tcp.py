@@ -13,6 +13,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+import druvarpc
 from druvarpc.tcp import (
     CAP,
     CAPPED_ROUNDS,
@@ -147,7 +148,9 @@ async def test_little_lies_unsent(connection, gentle):
     near, far = connection
     far.setblocking(False)
     watched = near.dup()
-    transport = SocketTransport(trio.SocketStream(trio.socket.from_stdlib_socket(near)), "peer")
+    transport = SocketTransport(
+        trio.SocketStream(trio.socket.from_stdlib_socket(near)), druvarpc.Peer("peer")
+    )
     transport.hold_back(gentle)
     most = 0
     size = 0

@@ -1,3 +1,4 @@
+import os
 import socket
 import stat
 from contextlib import ExitStack
@@ -7,9 +8,20 @@ import pytest
 import trio
 
 import druvarpc
+from druvarpc.addresses import Address, parse_address
 from druvarpc.protocol.frames import PREFACE
-from druvarpc.transports import accepted_transport, memory_transports
-from tests.io.peers import TCP, RawPeer, Work, Workshop, port_of, raw_server, serving
+from druvarpc.transports import accepted_transport, memory_transports, open_transport
+from tests.io.peers import (
+    TCP,
+    RawPeer,
+    Work,
+    Workshop,
+    buffers_of_all_sizes,
+    carried,
+    port_of,
+    raw_server,
+    serving,
+)
 
 
 async def answers(address: str) -> bool:
@@ -23,7 +35,7 @@ async def answers(address: str) -> bool:
 @pytest.mark.parametrize(
     ("address", "complaint"),
     [
-        ("", "an address is tcp://host:port or unix:///path"),
+        ("", "an address is tcp://host:port, tls://host:port, http://host"),
         ("localhost:7420", "an address is"),
         ("127.0.0.1:7420", "an address is"),
         ("udp://localhost:7420", "an address is"),
@@ -37,10 +49,24 @@ async def answers(address: str) -> bool:
         ("tcp://localhost:http", "[Pp]ort"),
         ("tcp://[::1:7420", "IPv6"),
         ("tcp://::1:7420", "[Pp]ort|brackets|a TCP address is"),
+        ("tcp://a b:7420", "no spaces"),
+        ("tcp://a\r\nX: y:7420", "no spaces"),
+        ("tcp://a\tb:7420", "no spaces"),
+        ("tcp://a\0:7420", "no spaces"),
+        ("tcp://[::1%25x/y]:7420", "a TCP address is|IP"),
+        ("tcp://a%0d%0a:7420", "a TCP address is"),
+        ("tls://localhost", "an address of tls is tls://host:port"),
+        ("tls://localhost:1/path", "an address of tls is"),
+        ("http://", "an address of http is http://host, "),
+        ("http://me:secret@localhost", "an address of http is"),
+        ("https://localhost/a?b", "an address of https is"),
+        ("https://localhost/\u00e4", "an address of https is"),
+        ("https://local\\host", "an address of https is"),
         ("unix://relative/path", "a Unix address is unix:///path"),
         ("unix://", "a Unix address is"),
         ("unix:///a?b", "a Unix address is"),
         ("unix:///a#b", "a Unix address is"),
+        ("unix:///a\0b", "a Unix address is"),
     ],
 )
 async def test_an_address_that_is_none_is_refused_with_what_is_wrong(address, complaint):
@@ -50,6 +76,24 @@ async def test_an_address_that_is_none_is_refused_with_what_is_wrong(address, co
     assert repr(address) in str(refused.value)
     with trio.fail_after(1), pytest.raises(ValueError, match=complaint):
         await druvarpc.serve([Workshop()], address)
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "written"),
+    [
+        ("tcp://a:1", Address("tcp", "a", 1), "tcp://a:1"),
+        ("tls://[::1]:0", Address("tls", "::1", 0), "tls://[::1]:0"),
+        ("http://a", Address("http", "a", 80), "http://a:80"),
+        ("https://a/", Address("https", "a", 443), "https://a:443"),
+        ("https://a_b-c.de:8/rpc/x", Address("https", "a_b-c.de", 8, "/rpc/x"), None),
+        ("http://b\u00fccher.example:80", Address("http", "b\u00fccher.example", 80), None),
+        ("unix:///a b", Address("unix", path="/a b"), None),
+    ],
+)
+def test_addresses(text, address, written):
+    assert parse_address(text) == address
+    assert str(address) == (written or text)
+    assert parse_address(str(address)) == address
 
 
 async def test_a_server_needs_an_address():
@@ -176,6 +220,20 @@ async def test_a_server_that_ends_slowly_leaves_the_socket_of_its_successor_alon
                 assert await answers(address)
 
 
+async def test_the_kernel_vouches_for_who_connects(tmp_path):
+    ends = [accepted_transport(trio.SocketStream(end)) for end in trio.socket.socketpair()]
+    for transport in ends:
+        assert transport.who == druvarpc.Peer(
+            "unix://",
+            credentials=druvarpc.UnixCredentials(os.getpid(), os.getuid(), os.getgid()),
+        )
+        transport.close()
+    async with serving(Workshop()) as server:
+        transport = await open_transport(parse_address(server.addresses[0]))
+        assert transport.who == druvarpc.Peer(server.addresses[0])
+        transport.close()
+
+
 # --- connecting ---
 
 
@@ -291,31 +349,6 @@ async def test_no_time_to_connect():
 
 
 # --- bytes ---
-
-
-def buffers_of_all_sizes() -> list[bytes | bytearray | memoryview]:
-    sizes = [0, 1, 7, 1000, 0, 0, 70_000, 3] * 200 + [3_000_000, 0]
-    kinds = (bytes, bytearray, lambda data: memoryview(bytearray(data)))
-    return [kinds[i % 3](bytes([i % 251]) * size) for i, size in enumerate(sizes)]
-
-
-async def send_all(transport, buffers) -> None:
-    while buffers := transport.send_nowait(buffers):
-        await transport.wait_writable()
-
-
-async def carried(sender, receiver, buffers) -> bytes:
-    received = bytearray()
-
-    async def receive() -> None:
-        while data := await receiver.receive():
-            received.extend(data)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(receive)
-        await send_all(sender, buffers)
-        sender.send_eof()
-    return bytes(received)
 
 
 async def test_buffers_of_all_sizes_cross_a_socket_that_takes_little_at_a_time():

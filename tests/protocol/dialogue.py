@@ -1,13 +1,15 @@
 """Random valid dialogues as bytes, and what a core makes of bytes in a comparable form."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import msgpack
 from hypothesis import strategies as st
 
+from druvarpc.compression import Zlib
 from druvarpc.errors import RemoteProtocolError, Status
 from druvarpc.protocol import (
+    Algorithm,
     CallsReceived,
     Connection,
     Event,
@@ -18,11 +20,15 @@ from druvarpc.protocol import (
     Stream,
 )
 from druvarpc.protocol.frames import HEADER_SIZE, PREFACE, unpack_header
+from druvarpc.zstd import Zstd
 
 SIZES = st.sampled_from([0, 1, 300, 5_000, 70_000])
 EVERYTHING = 2**40
 # Windows that the longest of the dialogues fill, so that both ends give credit.
 LIMITS = Limits(stream_window=128 * 1024, connection_window=1024 * 1024)
+COMPRESSION: st.SearchStrategy[Sequence[Algorithm]] = st.sampled_from(
+    [(), (Zlib(),), (Zstd(), Zlib())]
+)
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,20 @@ SCRIPTS = st.lists(
 )
 
 
-def speak(script: list[Say]) -> tuple[Connection, bytes]:
-    """Return a client that has said its part, and the bytes of it; the server may still be mute."""
-    client = Connection("client", now=0.0, limits=LIMITS)
+def hello(compression: Sequence[Algorithm]) -> bytes:
+    """Return the first that a core says."""
+    core = Connection("server", now=0.0, limits=LIMITS, compression=compression)
+    return b"".join(core.data_to_send(0.0))
+
+
+def speak(script: list[Say], compression: Sequence[Algorithm] = ()) -> tuple[Connection, bytes]:
+    """Return a client that has said its part, and the bytes of it.
+
+    The server is still mute; but if they compress it has said `hello`.
+    """
+    client = Connection("client", now=0.0, limits=LIMITS, compression=compression)
+    if compression:
+        client.receive_data(hello(compression), 0.0)
     said = b""
     streams: list[Stream] = []
     for say in script:
@@ -93,9 +110,12 @@ def speak(script: list[Say]) -> tuple[Connection, bytes]:
     return client, said
 
 
-def answer(script: list[Say], said: bytes) -> bytes:
-    """Return the bytes of a server that has heard the client's part and answers it."""
-    server = Connection("server", now=0.0, limits=LIMITS)
+def answer(script: list[Say], said: bytes, compression: Sequence[Algorithm] = ()) -> bytes:
+    """Return the bytes of a server that has heard the client's part and answers it.
+
+    If they compress, what it says after its `hello`.
+    """
+    server = Connection("server", now=0.0, limits=LIMITS, compression=compression)
     server.receive_data(said, 0.0)
     says = iter(script * 2)
     while (event := server.next_event()) is not None:
@@ -112,7 +132,10 @@ def answer(script: list[Say], said: bytes) -> bytes:
             else:
                 result = msgpack.packb(b"r" * say.result)
                 server.reply(stream, 0.0, result, outcome if say.rich else None)
-    return b"".join(server.data_to_send(0.0, EVERYTHING))
+    answered = b"".join(server.data_to_send(0.0, EVERYTHING))
+    first = hello(compression)
+    assert answered.startswith(first)
+    return answered[len(first) :] if compression else answered
 
 
 def heard(core: Connection, pieces: list[bytes]) -> list[object]:
@@ -127,8 +150,11 @@ def heard(core: Connection, pieces: list[bytes]) -> list[object]:
     except RemoteProtocolError as error:
         found.append((error.code, str(error)))
     for id, stream in sorted(streams.items()):
-        while (message := core.take(stream, 0.0)) is not None:
-            found.append((id, message))
+        try:
+            while (message := core.take(stream, 0.0)) is not None:
+                found.append((id, message))
+        except RemoteProtocolError as error:
+            found.append((id, str(error)))
         incoming = core.incoming(stream)
         found.append((id, stream.state, incoming.ended, incoming.too_long, incoming.size))
     found.append(b"".join(core.data_to_send(0.0, EVERYTHING)))

@@ -1,35 +1,49 @@
 """However the input is cut into pieces, the core makes the same of it, and for the same work."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from druvarpc.protocol import Connection, Limits, RemoteProtocolError, Stream
+from druvarpc.protocol import Algorithm, Connection, Limits, RemoteProtocolError, Stream
 from druvarpc.protocol.frames import DATA, MAGIC, PREFACE
-from tests.protocol.dialogue import LIMITS, SCRIPTS, Say, answer, frames, heard, speak, split
+from tests.protocol.dialogue import (
+    COMPRESSION,
+    LIMITS,
+    SCRIPTS,
+    Say,
+    answer,
+    frames,
+    heard,
+    speak,
+    split,
+)
 
 CUTS = st.lists(st.floats(0, 1), max_size=12)
 
 
-def server() -> Connection:
-    return Connection("server", now=0.0, limits=LIMITS)
+def server(compression: Sequence[Algorithm] = ()) -> Connection:
+    return Connection("server", now=0.0, limits=LIMITS, compression=compression)
 
 
-@given(script=SCRIPTS, cuts=CUTS)
-def test_a_server_hears_the_same_in_any_pieces(script: list[Say], cuts: list[float]) -> None:
-    _, said = speak(script)
-    assert heard(server(), split(said, cuts)) == heard(server(), [said])
+@given(script=SCRIPTS, cuts=CUTS, by=COMPRESSION)
+def test_a_server_hears_the_same_in_any_pieces(
+    script: list[Say], cuts: list[float], by: Sequence[Algorithm]
+) -> None:
+    _, said = speak(script, by)
+    assert heard(server(by), split(said, cuts)) == heard(server(by), [said])
 
 
-@given(script=SCRIPTS, cuts=CUTS)
-def test_a_client_hears_the_same_in_any_pieces(script: list[Say], cuts: list[float]) -> None:
-    client, said = speak(script)
-    other, _ = speak(script)
-    answered = answer(script, said)
+@given(script=SCRIPTS, cuts=CUTS, by=COMPRESSION)
+def test_a_client_hears_the_same_in_any_pieces(
+    script: list[Say], cuts: list[float], by: Sequence[Algorithm]
+) -> None:
+    client, said = speak(script, by)
+    other, _ = speak(script, by)
+    answered = answer(script, said, by)
     assert heard(client, split(answered, cuts)) == heard(other, [answered])
 
 
@@ -38,14 +52,15 @@ def test_a_client_hears_the_same_in_any_pieces(script: list[Say], cuts: list[flo
     cuts=CUTS,
     place=st.floats(0, 1, exclude_max=True),
     byte=st.integers(0, 255),
+    by=COMPRESSION,
 )
 def test_what_is_wrong_is_found_alike_in_any_pieces(
-    script: list[Say], cuts: list[float], place: float, byte: int
+    script: list[Say], cuts: list[float], place: float, byte: int, by: Sequence[Algorithm]
 ) -> None:
-    said = bytearray(speak(script)[1])
+    said = bytearray(speak(script, by)[1])
     said[int(place * len(said))] = byte
     whole = bytes(said)
-    assert heard(server(), split(whole, cuts)) == heard(server(), [whole])
+    assert heard(server(by), split(whole, cuts)) == heard(server(by), [whole])
 
 
 @given(script=SCRIPTS.filter(lambda script: sum(say.size for say in script) < 10_000))

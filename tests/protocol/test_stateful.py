@@ -4,7 +4,7 @@ The machine keeps a model of each call: what was sent in it and what was told of
 all credit is added up; at the end the link flows, everything is taken, and nothing may be left.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgpack
@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from druvarpc.errors import Status
 from druvarpc.protocol import (
+    Algorithm,
     AuthReceived,
     Budget,
     CallsReceived,
@@ -34,6 +35,7 @@ from druvarpc.protocol import (
     Writable,
 )
 from druvarpc.protocol.outflow import LOW_MARK
+from tests.protocol.dialogue import COMPRESSION
 from tests.protocol.link import Link
 
 # Nothing; inline; as data; more than a window; more than all windows, and the limit if it is small.
@@ -121,16 +123,30 @@ class TwoCores(RuleBasedStateMachine):
         clubbing=CLUBBING,
         drainer=st.sampled_from([0, 1, 2]),
         shared=st.sampled_from([1, 1_000_000, 2**30]),
+        by=st.tuples(COMPRESSION, COMPRESSION),
     )
     def connect(
-        self, mine: Limits, yours: Limits, clubbing: Clubbing, drainer: int, shared: int
+        self,
+        mine: Limits,
+        yours: Limits,
+        clubbing: Clubbing,
+        drainer: int,
+        shared: int,
+        by: tuple[Sequence[Algorithm], Sequence[Algorithm]],
     ) -> None:
         self.now = 0.0
         self.memory = Budget(shared)
         self.client = Connection(
-            "client", now=0.0, limits=mine, clubbing=clubbing, budget=self.memory
+            "client",
+            now=0.0,
+            limits=mine,
+            clubbing=clubbing,
+            budget=self.memory,
+            compression=by[0],
         )
-        self.server = Connection("server", now=0.0, limits=yours, budget=self.memory)
+        self.server = Connection(
+            "server", now=0.0, limits=yours, budget=self.memory, compression=by[1]
+        )
         self.drainer = [None, self.client, self.server][drainer]
         self.up = Link(self.client, self.server)
         self.down = Link(self.server, self.client)

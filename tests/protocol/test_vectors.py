@@ -17,6 +17,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from druvarpc.compression import Zlib
 from druvarpc.errors import CloseCode, Status
 from druvarpc.protocol import (
     AuthReceived,
@@ -34,10 +35,13 @@ from druvarpc.protocol import (
     State,
     Stream,
 )
+from druvarpc.zstd import Zstd
 
 HANDSHAKE = bytes.fromhex("8b44525556410a01 01 000001 00 00000000000000 90")
 # The defaults of section 4, which are less than this implementation's.
-LIMITS = Limits(**{name: getattr(Settings(), name) for name in Settings.__slots__})
+LIMITS = Limits(
+    **{name: getattr(Settings(), name) for name in Settings.__slots__ if name != "compression"}
+)
 HEADER = Struct("!IQ")
 PING, PONG = 0x02, 0x03
 # Longer vectors are cut into pieces of a prime size instead of single bytes.
@@ -68,7 +72,13 @@ class Receiver:
     """The core in the role and the state that a vector asks for."""
 
     def __init__(self, vector: dict[str, Any]) -> None:
-        self.connection = Connection(vector["receiver"], now=0, limits=LIMITS)
+        announced = vector.get("compression", 0)
+        self.connection = Connection(
+            vector["receiver"],
+            now=0,
+            limits=LIMITS,
+            compression=[one for one in (Zstd(), Zlib()) if one.number & announced],
+        )
         self.streams: dict[int, Stream] = {}
         self.abandoned: set[int] = set()
         self.pings: list[int] = []

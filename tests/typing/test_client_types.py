@@ -42,9 +42,12 @@ async def a_stub_is_a_service() -> None:
         assert_type(vault.download([b""]), AsyncGenerator[bytes, None])
         assert_type(client.statistics(), druvarpc.Statistics)
         assert_type(await client.ping(), float)
+        client.stub(Vault, compress=False)
         client.stub(int)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
-    async with connected([Vault()]) as client:
+    async with connected([Vault()], compression="auto") as client:
         assert_type(client.stub(Vault), Vault)
+    druvarpc.connect("tcp://127.0.0.1:7420", compression=None)
+    druvarpc.connect("", compression="gzip")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 async def a_reply_knows_its_type(client: druvarpc.Client, vault: Vault) -> None:
