@@ -162,6 +162,11 @@ class _Checkpoints:
             found.append(f"{self._path.name}: its end is missing")
         return found
 
+    def leave(self) -> None:
+        """Comes before the connections' end, at which SQLite makes a checkpoint of what is left."""
+        if self._logged():
+            self._forget()
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
@@ -180,12 +185,15 @@ class _Checkpoints:
         try:
             self._files.replace(self._sums_path, content + blake3(content).digest(16))
         except OSError:
-            # Those on the disk are of an older state. Without any, they are taken anew next time.
             # Nothing else is lost by that: it is no reason to fail what has just been committed.
-            self._sums = None
-            self._files.remove(self._sums_path)
+            self._forget()
             return False
         return True
+
+    def _forget(self) -> None:
+        """Removes checksums that are of an older state. Without any, they are taken anew."""
+        self._sums = None
+        self._files.remove(self._sums_path)
 
     def _load(self) -> tuple[bytearray | None, list[str]]:
         try:
@@ -230,7 +238,10 @@ def _shut(checkpoints: _Checkpoints, read: sqlite3.Connection, write: sqlite3.Co
         stack.callback(write.close)
         stack.callback(read.close)
         with _translated():
-            checkpoints.make()
+            try:
+                checkpoints.make()
+            finally:
+                checkpoints.leave()
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -60,8 +60,9 @@ class Files:
         self.sync_directory(path.parent)
 
     def remove(self, path: Path) -> None:
-        """Removes a file, if it is there. Those who have it open go on reading."""
+        """Removes a file, durably, if it is there. Those who have it open go on reading."""
         path.unlink(missing_ok=True)
+        self.sync_directory(path.parent)
 
 
 FILES = Files()

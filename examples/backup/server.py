@@ -11,6 +11,7 @@ import errno
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
@@ -169,10 +170,11 @@ class StoreService(BackupStore):
 
     def _opened(self, role: Role = Role.APPEND_ONLY) -> AbstractAsyncContextManager[Store]:
         """Returns the caller's store; refuses a caller whose token allows less than this."""
-        identity = druvarpc.current_call().identity
-        device = identity if isinstance(identity, Device) else ANYBODY
-        if self._tenancy.tenants and device is ANYBODY:
-            raise RpcError(Status.UNAUTHENTICATED, "there is no such token")
+        device = druvarpc.current_call().identity
+        if not isinstance(device, Device):
+            if self._tenancy.tenants:
+                raise RpcError(Status.UNAUTHENTICATED, "there is no such token")
+            device = ANYBODY
         if role is Role.FULL and device.role is not Role.FULL:
             raise RpcError(Status.PERMISSION_DENIED, "this token may only back up and restore")
         return self._tenancy.opened(device)
@@ -208,6 +210,7 @@ async def serve_store(
     address: str,
     *,
     tenants: Path | None = None,
+    tls: druvarpc.TLS | None = None,
     task_status: trio.TaskStatus[druvarpc.Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Opens a store and serves it, until SIGTERM or SIGINT; then drains, and returns.
@@ -216,6 +219,7 @@ async def serve_store(
         path: The store's directory; with tenants, that of all their stores.
         address: Where to listen.
         tenants: The file of tenants. Without one, everybody is the same tenant and needs no token.
+        tls: How to encrypt, at a tls address.
         task_status: Told the server once it listens.
 
     Raises:
@@ -224,8 +228,9 @@ async def serve_store(
     """
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with Tenancy.at(path, tenants) as tenancy, trio.open_nursery() as nursery:
+            serve = partial(druvarpc.serve, tls=tls)
             try:
-                server = await nursery.start(druvarpc.serve, [StoreService(tenancy)], address)
+                server = await nursery.start(serve, [StoreService(tenancy)], address)
             except ValueError as error:
                 raise BackupError(str(error)) from error
             task_status.started(server)

@@ -1,104 +1,130 @@
 """Single bits flipped in stored files: `verify` finds each, and no restore returns wrong bytes."""
 
+import json
 import os
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.examples.backup_commands import here, same, serving, succeed
+from examples.backup.directory import Directory
+from examples.backup.errors import BackupError
+from examples.backup.store import Store
+from tests.examples.backup_commands import here, serving, succeed
+from tests.examples.small_trees import Tree, back_up, damage, read
 
 pytestmark = pytest.mark.once
 
-# Each starts a server.
-FLIPS = int(os.environ.get("DRUVARPC_FLIPS", "16"))
+# A flip takes some 20 ms.
+FLIPS = int(os.environ.get("DRUVARPC_FLIPS", "150"))
+SEED = int(os.environ.get("DRUVARPC_SEED", "1"))
+
+CHANCE = random.Random(1)
+CONTENTS = [CHANCE.randbytes(CHANCE.choice((10, 1_000, 9_000))) for _ in range(40)]
+TREES: dict[str, Tree] = {
+    "one": {f"{number}".encode(): content for number, content in enumerate(CONTENTS[:30])},
+    "two": {f"{number}".encode(): content for number, content in enumerate(CONTENTS[10:])},
+}
+
+
+def opened(path: Path) -> Store:
+    return Store(Directory(path, pack_limit=30_000))
 
 
 @pytest.fixture(scope="module")
-def backed_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a tree, a store that has it in two snapshots, and garbage."""
-    home = tmp_path_factory.mktemp("flips")
-    chance = random.Random(1)
-    tree = home / "tree"
-    (tree / "below").mkdir(parents=True)
-    for number in range(30):
-        size = chance.choice((10, 3_000, 60_000))
-        (tree / ("below" if number % 2 else ".") / f"{number}").write_bytes(chance.randbytes(size))
-    with serving(home / "store") as server:
-        there = ("--server", server.url)
-        succeed("backup", tree, *there, "--name", "first")
-        (tree / "new").write_bytes(chance.randbytes(50_000))
-        succeed("backup", tree, *there, "--name", "second")
-        assert server.stop().status == 0
-    return home
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with two snapshots, and a third's garbage."""
+    path = tmp_path_factory.mktemp("sound") / "store"
+    with opened(path) as store:
+        for name, tree in TREES.items():
+            back_up(store, name, tree)
+        back_up(store, "three", {b"a": CHANCE.randbytes(5_000)})
+        store.forget(["three"])
+        assert damage(store) == []
+    return path
 
 
 def files(store: Path) -> list[Path]:
-    """Returns the files that hold something."""
-    return sorted(path for path in store.rglob("*") if path.is_file() and path.stat().st_size)
+    """Returns the files that hold something, relative to the store."""
+    found = (path for path in store.rglob("*") if path.is_file() and path.stat().st_size)
+    return sorted(path.relative_to(store) for path in found)
 
 
 def flip(path: Path, bit: int) -> None:
     with path.open("r+b") as file:
         file.seek(bit // 8)
-        byte = file.read(1)[0]
+        (byte,) = file.read(1)
         file.seek(bit // 8)
         file.write(bytes([byte ^ 1 << bit % 8]))
 
 
-def test_verify_finds_every_flipped_bit(tmp_path: Path, backed_up: Path) -> None:
-    chance = random.Random(int(os.environ.get("DRUVARPC_SEED", "1")))
-    found = refused = 0
+def test_verify_finds_every_flipped_bit(sound: Path, tmp_path: Path) -> None:
+    chance, stored = random.Random(SEED), files(sound)
+    outcomes: Counter[str] = Counter()
+    assert len(stored) >= 5
     for number in range(FLIPS):
+        # Each file in turn, so that small ones have their share.
+        name = stored[number % len(stored)]
+        bit = chance.randrange((sound / name).stat().st_size * 8)
         store = tmp_path / "store"
-        shutil.copytree(backed_up / "store", store)
-        stored = files(store)
-        # Each file has its turn, then any of them.
-        path = stored[number] if number < len(stored) else chance.choice(stored)
-        bit = chance.randrange(path.stat().st_size * 8)
-        flip(path, bit)
-        where = f"bit {bit} of {path.relative_to(store)}"
+        shutil.copytree(sound, store)
+        flip(store / name, bit)
         try:
-            with serving(store) as server:
-                there = ("--server", server.url)
-                verified = here("verify", *there, "--json")
-                assert verified.status == 1, where
-                for name in ("first", "second"):
-                    into = tmp_path / name
-                    restored = here("restore", name, into, *there)
-                    if restored.status == 0 and name == "second":
-                        assert same(into, backed_up / "tree"), where
-                    shutil.rmtree(into, ignore_errors=True)
-                found += 1
-        except AssertionError as error:
-            # A store that can't be opened says so in one line: that is found as well.
-            (done,) = error.args[:1]
-            if isinstance(done, str):
-                raise
-            assert done.status == 1, where
-            assert len(done.stderr.splitlines()) == 1, (where, done)
-            refused += 1
+            outcome = looked_at(store)
+        except (BackupError, OSError):
+            # It can't even be opened, and says so.
+            outcome = "not opened"
+        assert outcome, f"bit {bit} of {name}: nothing found"
+        outcomes[outcome] += 1
         shutil.rmtree(store)
-    assert found + refused == FLIPS
-    print(f"{FLIPS} flips: verify found {found}, the server refused {refused} at its start")
+    print(f"{FLIPS} flips in {len(stored)} files: {dict(outcomes)}")
 
 
-def test_the_snapshots_and_paths_that_are_hit_are_named(tmp_path: Path, backed_up: Path) -> None:
-    """Hits a chunk that one file alone has, which is in one snapshot alone."""
+def looked_at(path: Path) -> str:
+    """Says how the damage of a store shows; nothing if it doesn't. Checks what is restored."""
+    whole = 0
+    with opened(path) as store:
+        # First of all: what a restore returns must be right before anybody verifies.
+        for name, tree in TREES.items():
+            try:
+                assert read(store, store.find(name).id) == tree
+                whole += 1
+            except BackupError:
+                continue
+        return f"found, {whole} of 2 restored" if damage(store) else ""
+
+
+def test_the_snapshots_and_paths_that_are_hit_are_named(tmp_path: Path) -> None:
+    """Hits a chunk that one file alone has, which is in one snapshot alone; by the commands."""
+    tree, content = tmp_path / "tree", random.Random(3).randbytes(50_000)
+    (tree / "below").mkdir(parents=True)
+    (tree / "below" / "old").write_bytes(random.Random(2).randbytes(50_000))
     store = tmp_path / "store"
-    shutil.copytree(backed_up / "store", store)
-    content = (backed_up / "tree" / "new").read_bytes()
+    with serving(store) as server:
+        there = ("--server", server.url, "--cache", tmp_path / "cache")
+        first = succeed("backup", tree, *there, "--name", "first")["snapshot"]
+        (tree / "below" / "new").write_bytes(content)
+        second = succeed("backup", tree, *there, "--name", "second")["snapshot"]
+        assert server.stop().status == 0
     # Random bytes don't compress, so that the chunk stands there as it is.
-    (pack,) = [path for path in files(store) if content[:1000] in path.read_bytes()]
+    (name,) = [name for name in files(store) if content[:1000] in (store / name).read_bytes()]
+    pack = store / name
     flip(pack, (pack.read_bytes().index(content[:1000]) + 500) * 8)
     with serving(store) as server:
-        there = ("--server", server.url)
+        there = ("--server", server.url, "--cache", tmp_path / "cache")
         verified = here("verify", *there)
         assert verified.status == 1
-        said = verified.stdout + verified.stderr
-        assert "second" in said
-        assert "new" in said
-        assert "first" not in said
-        assert here("restore", "second", tmp_path / "into", *there).status == 1
-        succeed("restore", "first", tmp_path / "whole", *there)
+        assert "second" in verified.stdout
+        assert "below/new" in verified.stdout
+        assert "first" not in verified.stdout
+        assert "below/old" not in verified.stdout
+        told = here("verify", *there, "--json")
+        assert told.status == 1
+        *lines, last = map(json.loads, told.stdout.splitlines())
+        hits = [(line["snapshot"], line["path"]) for line in lines if line["snapshot"]]
+        assert hits == [(second, "below/new")]
+        assert (last["damaged"], last["ok"]) == (len(lines), False)
+        assert here("restore", second, tmp_path / "damaged", *there).status == 1
+        succeed("restore", first, tmp_path / "whole", *there)

@@ -6,8 +6,7 @@
  *     left behind at any moment;
  *   - let the n-th of the operations fail, be done by half, or be left undone in silence.
  *
- * What is written through a memory map is not seen; SQLite does so to its -shm file alone, which it
- * makes anew after a crash.
+ * Left alone is SQLite's -shm file: it is memory that connections share, and made anew after a crash.
  *
  * A log is a sequence of records: kind (u8), length of the path (u32), of the second path or of the
  * data (u32), offset or new size (u64), all little-endian; then the path, then the second path or
@@ -118,6 +117,9 @@ static enum fault fate(void)
 
 static int watched(const char *path)
 {
+    size_t length = strlen(path);
+    if (length > 4 && strcmp(path + length - 4, "-shm") == 0)
+        return 0;
     return below_length && strncmp(path, below, below_length) == 0 &&
            (path[below_length] == '/' || path[below_length] == 0);
 }
