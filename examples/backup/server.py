@@ -10,7 +10,7 @@ their own, and end between two steps when their caller leaves.
 import errno
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
@@ -119,8 +119,9 @@ class StoreService(BackupStore):
     async def pages(self, snapshot: str) -> AsyncGenerator[Page, None]:
         async with self._opened() as store:
             found = await _in_thread(store.find, snapshot, limiter=self._reads)
-            async for page in _stepped(store.pages(found.id), self._reads):
-                yield page
+            async with aclosing(_stepped(store.pages(found.id), self._reads)) as steps:
+                async for page in steps:
+                    yield page
 
     async def hold(self) -> AsyncGenerator[None, None]:
         async with self._opened() as store:
@@ -147,8 +148,11 @@ class StoreService(BackupStore):
             await _in_thread(store.set_key, wrapped, limiter=self._puts)
 
     async def verify(self) -> AsyncGenerator[Checked, None]:
-        async with self._opened() as store:
-            async for checked in _stepped(store.verify(), self._works):
+        async with (
+            self._opened() as store,
+            aclosing(_stepped(store.verify(), self._works)) as steps,
+        ):
+            async for checked in steps:
                 yield checked
 
     async def forget(self, snapshots: list[str]) -> list[Snapshot]:
@@ -160,8 +164,11 @@ class StoreService(BackupStore):
             return await _in_thread(store.forget_by_rule, rule, name, dry_run, limiter=self._reads)
 
     async def gc(self) -> AsyncGenerator[Collected, None]:
-        async with self._opened(Role.FULL) as store:
-            async for collected in _stepped(store.collect(), self._works):
+        async with (
+            self._opened(Role.FULL) as store,
+            aclosing(_stepped(store.collect(), self._works)) as steps,
+        ):
+            async for collected in steps:
                 yield collected
 
     async def usage(self) -> Usage:
