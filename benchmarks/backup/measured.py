@@ -11,6 +11,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from benchmarks.backup.places import Place
 from benchmarks.backup.programs import PORT, Command, Program, Scene
@@ -107,11 +108,15 @@ def finished(command: Command, place: Place) -> Usage:
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
-            said.seek(0)
-            last = (said.read().strip() or f"status {child.returncode}").splitlines()[-1]
-            raise MeasurementError(f"{last:.300}")
+            raise MeasurementError(last_line(said, f"status {child.returncode}"))
     # getrusage(2): its ru_maxrss is in kilobytes.
     return Usage(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def last_line(said: IO[str], otherwise: str) -> str:
+    """Return the last line that a command printed."""
+    said.seek(0)
+    return f"{(said.read().strip() or otherwise).splitlines()[-1]:.300}"
 
 
 @contextmanager
@@ -124,8 +129,7 @@ def serving(command: Command, place: Place) -> Generator[int, None, None]:
             until = time.monotonic() + SETTLING
             while not subprocess.run(listening, capture_output=True, check=True).stdout:
                 if child.poll() is not None or time.monotonic() > until:
-                    said.seek(0)
-                    raise MeasurementError(f"the server doesn't listen: {said.read():.300}")
+                    raise MeasurementError(last_line(said, "the server doesn't listen"))
                 time.sleep(0.02)
             yield child.pid
         finally:
