@@ -254,6 +254,8 @@ def metrics(figures: Statistics) -> str:
         "calls_clubbed_total": figures.calls_clubbed,
         "bytes_sent_total": figures.bytes_sent,
         "bytes_received_total": figures.bytes_received,
+        "bytes_saved_sent_total": figures.bytes_saved_sent,
+        "bytes_saved_received_total": figures.bytes_saved_received,
     }
     lines = [
         f"# TYPE druvarpc_{name} {kind}\ndruvarpc_{name} {value}\n"

@@ -70,25 +70,40 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--store", type=click.Path(path_type=Path), required=True, help="A directory.")
-@click.option("--listen", metavar="URL", required=True, help="tcp://host:port or unix:///path")
+@click.option(
+    "--listen", metavar="URL", required=True, help="tcp://host:port, tls://... or unix:///path"
+)
 @click.option(
     "--tenants",
     type=click.Path(path_type=Path),
     help="A file of tokens, see `tenants add`; without it there is one tenant, who needs none.",
 )
-def serve(store: Path, listen: str, tenants: Path | None) -> None:
+@click.option("--tls-certificate", type=click.Path(path_type=Path), help="For tls: a PEM file.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its key, if not in that file.")
+def serve(
+    store: Path,
+    listen: str,
+    tenants: Path | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+) -> None:
     """Serve a store, until SIGTERM or Ctrl-C."""
     import logging
 
     import trio
 
+    import druvarpc
+
     from .server import serve_store
 
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s: %(message)s")
 
+    tls = druvarpc.TLS(certificate=tls_certificate, key=tls_key) if tls_certificate else None
+    serving = partial(serve_store, store, listen, tenants=tenants, tls=tls)
+
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            server = await nursery.start(partial(serve_store, store, listen, tenants=tenants))
+            server = await nursery.start(serving)
             for address in server.addresses:
                 click.echo(f"listening on {address}")
 

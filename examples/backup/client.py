@@ -30,6 +30,7 @@ import trio
 import druvarpc
 from druvarpc import Status
 
+from .attempts import attempted, causes
 from .cache import LastSnapshot, NextCache
 from .chunks import AUTO, Chunk, Codec, Compression
 from .crypt import Keys, page_box
@@ -142,22 +143,20 @@ async def back_up(
         RpcError: The server refused, failed or went away.
     """
     options = options or Options()
-    attempts, use_cache = options.attempts, True
-    while True:
+    run = _Run(client, options, watch)
+
+    async def attempt() -> Snapshot:
+        nonlocal run
         run = _Run(client, options, watch)
         try:
-            snapshot = await run.run(root, name, use_cache)
-            break
+            return await run.run(root, name, use_cache=True)
         except (BackupError, druvarpc.RpcError, BaseExceptionGroup) as error:
-            found = list(causes(error))
-            if run.based and all(map(_is_stale, found)):
-                use_cache = False
-            elif all(isinstance(cause, druvarpc.ConnectionLost) for cause in found):
-                attempts -= 1
-                if attempts <= 0:
-                    raise
-            else:
+            if not run.based or not all(map(_is_stale, causes(error))):
                 raise
+        run = _Run(client, options, watch)
+        return await run.run(root, name, use_cache=False)
+
+    snapshot = await attempted(attempt, options.attempts)
     did = client.statistics()
     return Backup(
         snapshot,
@@ -196,7 +195,7 @@ class _Run:
         self.stored_bytes = 0
         self.skipped = 0
 
-    async def run(self, root: bytes, name: str, use_cache: bool) -> Snapshot:
+    async def run(self, root: bytes, name: str, *, use_cache: bool) -> Snapshot:
         cache, box = self._options.cache, page_box(self._options.keys)
         with (
             LastSnapshot(cache if use_cache else None, box) as last,
@@ -342,15 +341,6 @@ class _Run:
                 yield pieces
         if copied:
             yield [Piece(copied[0], len(copied))]
-
-
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yields what a group of errors consists of."""
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from causes(inner)
-    else:
-        yield error
 
 
 def _is_stale(error: BaseException) -> bool:

@@ -27,6 +27,9 @@ from .tree import measure
 
 T = TypeVar("T")
 
+# Backups and restores are begun anew so often after the connection broke: for some 4 seconds.
+ATTEMPTS = 5
+
 
 @dataclass(frozen=True)
 class BackupRequest:
@@ -65,7 +68,11 @@ def backup(access: Access, request: BackupRequest, as_json: bool) -> int:
     async def act(client: druvarpc.Client) -> backups.Backup:
         tenant_keys = await keys(access, client, create=request.encrypt)
         options = backups.Options(
-            _cache_file(access, request, tenant_keys), compression, tenant_keys, excluded
+            _cache_file(access, request, tenant_keys),
+            compression,
+            tenant_keys,
+            excluded,
+            attempts=ATTEMPTS,
         )
 
         async def total() -> None:
@@ -124,6 +131,7 @@ def restore(access: Access, request: RestoreRequest, as_json: bool) -> int:
             await keys(access, client),
             Rules(owner, request.setuid, request.devices),
             request.check_contents,
+            attempts=ATTEMPTS,
         )
 
         async def total() -> None:

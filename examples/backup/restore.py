@@ -22,6 +22,7 @@ import trio
 
 import druvarpc
 
+from .attempts import attempted
 from .chunks import Chunk, Codec
 from .crypt import Keys, page_box
 from .errors import ChunkError
@@ -47,12 +48,15 @@ class Options:
         keys: A tenant's keys, if it encrypts.
         rules: What may be restored of what needs asking.
         check_contents: Whether files that are there are read, to see if they are equal.
+        attempts: How often it is tried if the connection breaks: files that are there are left
+            alone then.
     """
 
     paths: Sequence[bytes] = ()
     keys: Keys | None = None
     rules: Rules = field(default_factory=Rules)
     check_contents: bool = False
+    attempts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +107,15 @@ async def restore(
         RpcError: The server refused, failed or went away.
         OSError: The destination cannot be made.
     """
-    run = _Run(client, options or Options(), watch)
-    progress = await run.run(snapshot, destination)
+    options = options or Options()
+    run = _Run(client, options, watch)
+
+    async def attempt() -> Restoring:
+        nonlocal run
+        run = _Run(client, options, watch)
+        return await run.run(snapshot, destination)
+
+    progress = await attempted(attempt, options.attempts)
     did = client.statistics()
     return Restored(
         progress.files,

@@ -10,7 +10,8 @@ their own, and end between two steps when their caller leaves.
 import errno
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
@@ -118,8 +119,9 @@ class StoreService(BackupStore):
     async def pages(self, snapshot: str) -> AsyncGenerator[Page, None]:
         async with self._opened() as store:
             found = await _in_thread(store.find, snapshot, limiter=self._reads)
-            async for page in _stepped(store.pages(found.id), self._reads):
-                yield page
+            async with aclosing(_stepped(store.pages(found.id), self._reads)) as steps:
+                async for page in steps:
+                    yield page
 
     async def hold(self) -> AsyncGenerator[None, None]:
         async with self._opened() as store:
@@ -146,8 +148,11 @@ class StoreService(BackupStore):
             await _in_thread(store.set_key, wrapped, limiter=self._puts)
 
     async def verify(self) -> AsyncGenerator[Checked, None]:
-        async with self._opened() as store:
-            async for checked in _stepped(store.verify(), self._works):
+        async with (
+            self._opened() as store,
+            aclosing(_stepped(store.verify(), self._works)) as steps,
+        ):
+            async for checked in steps:
                 yield checked
 
     async def forget(self, snapshots: list[str]) -> list[Snapshot]:
@@ -159,8 +164,11 @@ class StoreService(BackupStore):
             return await _in_thread(store.forget_by_rule, rule, name, dry_run, limiter=self._reads)
 
     async def gc(self) -> AsyncGenerator[Collected, None]:
-        async with self._opened(Role.FULL) as store:
-            async for collected in _stepped(store.collect(), self._works):
+        async with (
+            self._opened(Role.FULL) as store,
+            aclosing(_stepped(store.collect(), self._works)) as steps,
+        ):
+            async for collected in steps:
                 yield collected
 
     async def usage(self) -> Usage:
@@ -169,10 +177,11 @@ class StoreService(BackupStore):
 
     def _opened(self, role: Role = Role.APPEND_ONLY) -> AbstractAsyncContextManager[Store]:
         """Returns the caller's store; refuses a caller whose token allows less than this."""
-        identity = druvarpc.current_call().identity
-        device = identity if isinstance(identity, Device) else ANYBODY
-        if self._tenancy.tenants and device is ANYBODY:
-            raise RpcError(Status.UNAUTHENTICATED, "there is no such token")
+        device = druvarpc.current_call().identity
+        if not isinstance(device, Device):
+            if self._tenancy.tenants:
+                raise RpcError(Status.UNAUTHENTICATED, "there is no such token")
+            device = ANYBODY
         if role is Role.FULL and device.role is not Role.FULL:
             raise RpcError(Status.PERMISSION_DENIED, "this token may only back up and restore")
         return self._tenancy.opened(device)
@@ -208,6 +217,7 @@ async def serve_store(
     address: str,
     *,
     tenants: Path | None = None,
+    tls: druvarpc.TLS | None = None,
     task_status: trio.TaskStatus[druvarpc.Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Opens a store and serves it, until SIGTERM or SIGINT; then drains, and returns.
@@ -216,6 +226,7 @@ async def serve_store(
         path: The store's directory; with tenants, that of all their stores.
         address: Where to listen.
         tenants: The file of tenants. Without one, everybody is the same tenant and needs no token.
+        tls: How to encrypt, at a tls address.
         task_status: Told the server once it listens.
 
     Raises:
@@ -224,8 +235,9 @@ async def serve_store(
     """
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with Tenancy.at(path, tenants) as tenancy, trio.open_nursery() as nursery:
+            serve = partial(druvarpc.serve, tls=tls)
             try:
-                server = await nursery.start(druvarpc.serve, [StoreService(tenancy)], address)
+                server = await nursery.start(serve, [StoreService(tenancy)], address)
             except ValueError as error:
                 raise BackupError(str(error)) from error
             task_status.started(server)
