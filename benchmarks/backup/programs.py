@@ -96,7 +96,7 @@ class Program(Protocol):
         ...
 
     def restore(self, scene: Scene, into: Path) -> Command:
-        """Return what restores the first backup into an empty directory."""
+        """Return what restores a backup into an empty directory; they are all of the same tree."""
         ...
 
 
@@ -120,12 +120,12 @@ class Ours:
     def back_up(self, scene: Scene, number: int) -> Command:
         there = ("--server", f"tcp://{scene.host}:{PORT}", "--cache", str(scene.cache))
         how = ("--compression", "zstd:3", *(["--encrypt"] if self.encrypted else []))
-        what = (str(scene.tree), "--name", f"tree{number}")
+        what = (str(scene.tree), "--name", "tree")
         return self._command("backup", *what, *there, *how, *self._key(scene))
 
     def restore(self, scene: Scene, into: Path) -> Command:
         there = ("--server", f"tcp://{scene.host}:{PORT}")
-        return self._command("restore", "tree1", str(into), *there, *self._key(scene))
+        return self._command("restore", "tree", str(into), *there, *self._key(scene))
 
     def _command(self, *arguments: str) -> Command:
         return Command([sys.executable, "-m", "examples.backup", *arguments])

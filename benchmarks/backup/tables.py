@@ -96,9 +96,8 @@ def marks_table(places: Mapping[str, Any]) -> str:
         rounds = places[LOOPBACK]["rounds"]
         for ends in (("client",), ("client", "server")):
             shares = [of_ceiling(rounds, own, ends) for own in OURS]
-            row = [
-                f"loopback, first backup: GB per hour per core, {' and '.join(ends)}, to the ceiling"
-            ]
+            whose = " and ".join(ends)
+            row = [f"loopback, first backup: GB per hour per core of {whose} to the ceiling"]
             rows.append([*row, "at least 0.5", *(judged(found, 0.5) for found in shares)])
         lighter = [
             [one[Restic().name][FIRST]["memory"] / one[own.name][FIRST]["memory"] for one in both]

@@ -1,5 +1,10 @@
-"""The tree that is backed up: files of a Python installation; and what makes two trees equal."""
+"""The tree that is backed up: files of a Python installation; and what makes two trees equal.
 
+No file is read at once: a child's peak memory, as the kernel counts it, is at least the peak of
+this process when the child began.
+"""
+
+import filecmp
 import hashlib
 import os
 import shutil
@@ -57,7 +62,8 @@ def build(source: Path, into: Path, most: int = SIZE) -> Tree:
         shutil.copy2(path, target)
         files, size = files + 1, size + length
         digest.update(f"{path.relative_to(source)}\n".encode())
-        digest.update(hashlib.sha256(target.read_bytes()).digest())
+        with target.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     for folder, _, _ in os.walk(into, topdown=False):
         os.utime(folder, ns=(MADE_NS, MADE_NS))
     return Tree(into, files, size, digest.hexdigest()[:16])
@@ -86,6 +92,6 @@ def difference(left: Path, right: Path) -> str:
         one, other = (left / name).lstat(), (right / name).lstat()
         if (one.st_mode, one.st_mtime_ns) != (other.st_mode, other.st_mtime_ns):
             return f"{name} has another mode or time"
-        if stat.S_ISREG(one.st_mode) and (left / name).read_bytes() != (right / name).read_bytes():
+        if stat.S_ISREG(one.st_mode) and not filecmp.cmp(left / name, right / name, shallow=False):
             return f"{name} has other content"
     return ""

@@ -10,7 +10,7 @@ their own, and end between two steps when their caller leaves.
 import errno
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
@@ -39,7 +39,7 @@ from .errors import (
 from .pages import Page
 from .reports import Checked, Collected, Usage
 from .retention import Rule, Verdict
-from .service import MAX_FETCH, MAX_IDS, BackupStore, Piece
+from .service import MAX_FETCH, MAX_IDS, MAX_KEY, MAX_NAME, BackupStore, Piece
 from .snapshots import Snapshot
 from .store import Store
 from .tenancy import Tenancy
@@ -100,6 +100,8 @@ class StoreService(BackupStore):
     async def commit(
         self, name: str, base: str, pieces: AsyncIterator[list[Piece]]
     ) -> AsyncGenerator[Snapshot | None, None]:
+        if not 0 < len(name.encode("utf-8", "surrogatepass")) <= MAX_NAME:
+            raise RpcError(Status.INVALID_ARGUMENT, f"a name has 1 to {MAX_NAME} bytes")
         async with self._opened() as store:
             draft = await _in_thread(store.begin, name, base, limiter=self._puts)
             try:
@@ -119,8 +121,9 @@ class StoreService(BackupStore):
     async def pages(self, snapshot: str) -> AsyncGenerator[Page, None]:
         async with self._opened() as store:
             found = await _in_thread(store.find, snapshot, limiter=self._reads)
-            async for page in _stepped(store.pages(found.id), self._reads):
-                yield page
+            async with aclosing(_stepped(store.pages(found.id), self._reads)) as steps:
+                async for page in steps:
+                    yield page
 
     async def hold(self) -> AsyncGenerator[None, None]:
         async with self._opened() as store:
@@ -143,12 +146,17 @@ class StoreService(BackupStore):
             return await _in_thread(store.key, limiter=self._reads)
 
     async def set_key(self, wrapped: bytes) -> None:
+        if not 0 < len(wrapped) <= MAX_KEY:
+            raise RpcError(Status.INVALID_ARGUMENT, f"a wrapped key has 1 to {MAX_KEY} bytes")
         async with self._opened() as store:
             await _in_thread(store.set_key, wrapped, limiter=self._puts)
 
     async def verify(self) -> AsyncGenerator[Checked, None]:
-        async with self._opened() as store:
-            async for checked in _stepped(store.verify(), self._works):
+        async with (
+            self._opened() as store,
+            aclosing(_stepped(store.verify(), self._works)) as steps,
+        ):
+            async for checked in steps:
                 yield checked
 
     async def forget(self, snapshots: list[str]) -> list[Snapshot]:
@@ -160,8 +168,11 @@ class StoreService(BackupStore):
             return await _in_thread(store.forget_by_rule, rule, name, dry_run, limiter=self._reads)
 
     async def gc(self) -> AsyncGenerator[Collected, None]:
-        async with self._opened(Role.FULL) as store:
-            async for collected in _stepped(store.collect(), self._works):
+        async with (
+            self._opened(Role.FULL) as store,
+            aclosing(_stepped(store.collect(), self._works)) as steps,
+        ):
+            async for collected in steps:
                 yield collected
 
     async def usage(self) -> Usage:

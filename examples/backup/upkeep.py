@@ -1,14 +1,16 @@
 """The commands that look after a store: `verify`, `forget`, `gc`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import druvarpc
 
-from .access import Access, run
+from .access import Access, keys, run
+from .crypt import Keys
 from .errors import BackupError, display
+from .pages import decode
 from .progress import size
 from .reports import Checked, Collected, Damage
 from .retention import Rule
@@ -19,15 +21,27 @@ def verify(access: Access, as_json: bool) -> int:
     """Reads all that is stored; prints what is damaged, and returns how much is."""
 
     async def act(client: druvarpc.Client) -> tuple[Checked, int]:
+        store = client.stub(BackupStore)
         last, found = Checked(), 0
-        async with aclosing(client.stub(BackupStore).verify()) as reports:
+        # Of encrypted snapshots the server cannot tell the paths.
+        hidden: dict[str, dict[bytes, Damage]] = {}
+        async with aclosing(store.verify()) as reports:
             async for last in reports:
                 found += len(last.damage)
                 for damage in last.damage:
-                    print(json.dumps(_facts(damage)) if as_json else _line(damage))
+                    tell(damage)
+                    if damage.snapshot and damage.chunk and not damage.path:
+                        hidden.setdefault(damage.snapshot, {})[damage.chunk] = damage
         if not last.finished:
             raise BackupError("the server did not verify to the end")
+        if hidden and (tenant_keys := await keys(access, client)):
+            for snapshot, lost in hidden.items():
+                async for damage in _paths(store, snapshot, lost, tenant_keys):
+                    tell(damage)
         return last, found
+
+    def tell(damage: Damage) -> None:
+        print(json.dumps(_facts(damage)) if as_json else _line(damage))
 
     last, found = run(access, act)
     if as_json:
@@ -40,6 +54,19 @@ def verify(access: Access, as_json: bool) -> int:
             f" {last.snapshots:,} snapshots; " + (f"{found:,} damaged" if found else "all intact")
         )
     return found
+
+
+async def _paths(
+    store: BackupStore, snapshot: str, lost: dict[bytes, Damage], tenant_keys: Keys
+) -> AsyncGenerator[Damage, None]:
+    """Yields the damage again, for each path that it hits."""
+    async with aclosing(store.pages(snapshot)) as found:
+        async for page in found:
+            if page.ids().isdisjoint(lost):
+                continue
+            for entry in decode(page.data, page.chunks, tenant_keys.pages):
+                for chunk in sorted(lost.keys() & set(entry.chunks)):
+                    yield replace(lost[chunk], path=entry.path)
 
 
 def forget(access: Access, snapshots: Sequence[str], as_json: bool) -> None:

@@ -183,6 +183,8 @@ class Verifier:
         """Says between which paths a page's entries are."""
         before = self._entries(keys[position - 1]) if position else []
         after = self._entries(keys[position + 1]) if position + 1 < len(keys) else []
+        if not before and not after:
+            return f"of part {position + 1} of {len(keys)}"  # Or its neighbours are encrypted.
         begin = f"after {display(before[-1].path)}" if before else "from the beginning"
         return f"{begin}, {f'before {display(after[0].path)}' if after else 'to the end'}"
 

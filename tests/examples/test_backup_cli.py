@@ -293,6 +293,18 @@ def test_encrypted(tmp_path, source):
         succeed("restore", "mine", tmp_path / "restored", *here, *key)
         plain = run("backup", source, *here, "--name", "other")
         assert (plain.status, len(plain.errors)) == (1, 1)
+        (pack,) = (tmp_path / "store/packs").iterdir()
+        content = pack.read_bytes()
+        middle = len(content) // 2
+        pack.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
+        blind = run("verify", *here)
+        assert (blind.status, "snapshot " in blind.stdout) == (1, True)
+        found = run("verify", *here, *key, "--json")
+        damaged = [json.loads(line) for line in found.stdout.splitlines()[:-1]]
+        paths = {damage["path"] for damage in damaged if damage["path"]}
+        assert paths
+        assert all((source / path).is_file() for path in paths)
+        assert f": {paths.pop()}" not in blind.stdout
     assert same(tmp_path / "restored", source)
     stored = b"".join(p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file())
     for secret in (b"below", (source / "1").read_bytes()[:64], b"horse"):
