@@ -3,6 +3,7 @@
 from druvarpc.client import Client, connect
 from druvarpc.club import Club, Part, Reply
 from druvarpc.errors import (
+    CircuitOpen,
     ConnectionLost,
     LocalProtocolError,
     ProtocolError,
@@ -13,6 +14,7 @@ from druvarpc.errors import (
 from druvarpc.handlers import CurrentCall, current_call
 from druvarpc.peers import Certificate, Peer, UnixCredentials
 from druvarpc.protocol import Clubbing, Limits, Priority
+from druvarpc.resilience import Balance, Breaker, Hedge, Outliers, Retry
 from druvarpc.server import Server, serve
 from druvarpc.service import Service, rpc
 from druvarpc.statistics import ClubCount, Statistics
@@ -26,23 +28,29 @@ from druvarpc import testing as testing  # isort: skip
 
 __all__ = [
     "TLS",
+    "Balance",
+    "Breaker",
     "CallTimes",
     "Certificate",
+    "CircuitOpen",
     "Client",
     "Club",
     "ClubCount",
     "Clubbing",
     "ConnectionLost",
     "CurrentCall",
+    "Hedge",
     "Limits",
     "LocalProtocolError",
     "MethodTimes",
+    "Outliers",
     "Part",
     "Peer",
     "Priority",
     "ProtocolError",
     "RemoteProtocolError",
     "Reply",
+    "Retry",
     "RpcError",
     "Server",
     "Service",

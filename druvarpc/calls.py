@@ -26,10 +26,12 @@ from druvarpc.protocol import (
     Reference,
     RepliesReceived,
     Stalled,
+    State,
     Stream,
     Times,
     Writable,
 )
+from druvarpc.resilience import Hedge, Retry
 from druvarpc.session import Session
 from druvarpc.statistics import Totals
 from druvarpc.timings import CallTimes, Timings, call_times
@@ -39,6 +41,8 @@ logger = logging.getLogger("druvarpc")
 # A server's DEADLINE_EXCEEDED that comes so close to the caller's own deadline, in seconds, is the
 # same event seen from the other side: the caller's scope is left to tell of it.
 _SAME_DEADLINE: Final = 0.05
+# Statuses that say that the server is ill, rather than something of the call.
+_ILL: Final = frozenset({Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.INTERNAL})
 
 
 class Call(Stream):
@@ -109,6 +113,19 @@ class Call(Stream):
         return self.error is not None or (self.outcome is not None and self.outcome.status != 0)
 
     @property
+    def failure(self) -> Exception | None:
+        """Why the call failed, None if it didn't."""
+        outcome = self.outcome
+        if self.error is not None or outcome is None or not outcome.status:
+            return self.error
+        return RpcError(
+            outcome.status,
+            outcome.message,
+            _details(outcome.details),
+            not_started=outcome.not_started,
+        )
+
+    @property
     def plain(self) -> bool:
         """Whether the reply has come, and is nothing but a result."""
         return (
@@ -143,6 +160,7 @@ class Calls:
     Args:
         session: the connection.
         totals: where to count.
+        on_failure: called when a call fails as with a server that is ill.
 
     Attributes:
         session: the connection.
@@ -150,11 +168,12 @@ class Calls:
         light: how many without weight have been made.
     """
 
-    def __init__(self, session: Session, totals: Totals) -> None:
+    def __init__(self, session: Session, totals: Totals, on_failure: Callable[[], None]) -> None:
         self.session = session
         self.load = 0
         self.light = 0
         self._totals = totals
+        self._on_failure = on_failure
         self._active: dict[Call, None] = {}
         # The task whose reply came last, if it came alone. The next call of such a one goes out at
         # once, as long as no other is under way: who makes one call after the other would only wait
@@ -219,11 +238,13 @@ class Calls:
         """Reset a call if it hasn't ended, and drop what hasn't been read of it."""
         session = self.session
         now = session.now()
+        passed = call.deadline is not None and now >= call.deadline
         if call in self._active:
             self._end(call)
+            if passed:
+                self._on_failure()
         if session.ended:
             return
-        passed = call.deadline is not None and now >= call.deadline
         session.core.reset(call, now, Status.DEADLINE_EXCEEDED if passed else Status.CANCELLED)
         if session.core.wants_to_send:
             session.flush()
@@ -239,7 +260,9 @@ class Calls:
     def fail_all(self) -> None:
         """End all calls, since the connection has ended."""
         for call in list(self._active):
-            self.fail(call, self.session.lost())
+            error = self.session.lost()
+            error.not_started = call.state is State.IDLE  # it hasn't been in a frame
+            self.fail(call, error)
 
     def handle(self, event: Event) -> None:
         """Do what an event of the connection's demands."""
@@ -285,6 +308,9 @@ class Calls:
                 call.outcome = outcome
                 if outcome.status:
                     totals.calls_failed += 1
+                    if outcome.status in _ILL:
+                        totals.calls_ill += 1
+                        self._on_failure()
             if len(replies) == 1:
                 self._lone = call.task
             if call.times is not None:
@@ -337,21 +363,16 @@ class Calls:
 
     async def check(self, call: Call) -> None:
         """Raise the error of a call that has failed."""
-        if call.error is not None:
-            raise call.error
-        outcome = call.outcome
-        if outcome is None or not outcome.status:
+        failure = call.failure
+        if failure is None:
             return
+        outcome = call.outcome
         near = call.deadline is not None and call.deadline - self.session.now() < _SAME_DEADLINE
-        if outcome.status == Status.DEADLINE_EXCEEDED and near:
+        late = outcome is not None and outcome.status == Status.DEADLINE_EXCEEDED
+        if call.error is None and near and late:
             assert call.deadline is not None
             await trio.sleep_until(call.deadline)
-        raise RpcError(
-            outcome.status,
-            outcome.message,
-            _details(outcome.details),
-            not_started=outcome.not_started,
-        )
+        raise failure
 
     async def result(self, call: Call) -> bytes:
         """Wait for a unary call; return the payload of its reply."""
@@ -368,6 +389,7 @@ class Calls:
         del self._active[call]
         self.load -= call.weight
         self._totals.calls_ended += 1
+        self._totals.calls_given_up += 1
 
 
 class Options:
@@ -377,9 +399,22 @@ class Options:
         lane: their lane.
         metadata: sent with them.
         special: they need `apply`, since they ask for their times or aren't compressed.
+        retry: which of them are made again, None for none.
+        wait: they wait for a server however long it takes to come back.
+        hedge: when unary ones that are idempotent are made once more, beside; None for never.
     """
 
-    __slots__ = ("_compress", "_report", "_timed", "lane", "metadata", "special")
+    __slots__ = (
+        "_compress",
+        "_report",
+        "_timed",
+        "hedge",
+        "lane",
+        "metadata",
+        "retry",
+        "special",
+        "wait",
+    )
 
     def __init__(
         self,
@@ -387,8 +422,14 @@ class Options:
         metadata: tuple[tuple[str, str | bytes], ...],
         timings: Timings,
         *,
+        retry: Retry | None = None,
+        wait: bool = False,
+        hedge: Hedge | None = None,
         compress: bool = True,
     ) -> None:
+        self.hedge = hedge
+        self.retry = retry
+        self.wait = wait
         self.lane = lane
         self.metadata = metadata
         self._timed = timings is not False

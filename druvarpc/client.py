@@ -2,7 +2,7 @@
 
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final, Literal, TypeVar
 
 import trio
@@ -11,8 +11,10 @@ from druvarpc.addresses import parse_address
 from druvarpc.calls import Options
 from druvarpc.club import Club
 from druvarpc.compression import Compression, algorithms_for
-from druvarpc.connections import Connections
+from druvarpc.dialing import Target, Terms
+from druvarpc.endpoints import Endpoints
 from druvarpc.protocol import Clubbing, Limits, Priority
+from druvarpc.resilience import Balance, Breaker, Hedge, Outliers, Retry
 from druvarpc.routes import Route
 from druvarpc.service import Service
 from druvarpc.session import quiet_nursery
@@ -34,9 +36,18 @@ class Client:
     Its methods may be used by any number of tasks at once.
     """
 
-    def __init__(self, connections: Connections, timings: Timings = False) -> None:
+    def __init__(
+        self,
+        connections: Endpoints,
+        timings: Timings = False,
+        *,
+        retry: Retry | None = Retry(),
+        wait_for_ready: bool = False,
+    ) -> None:
         self._connections = connections
         self._timings: Timings = timings
+        self._retry = retry
+        self._wait_for_ready = wait_for_ready
 
     def stub(
         self,
@@ -45,6 +56,9 @@ class Client:
         metadata: Metadata = (),
         priority: Priority = Priority.NORMAL,
         timings: Timings | None = None,
+        retry: Retry | Literal["inherit"] | None = "inherit",
+        wait_for_ready: bool | None = None,
+        hedge: Hedge | None = None,
         compress: bool = True,
     ) -> S:
         """Return an object with the service's methods, each of which calls the server.
@@ -57,17 +71,27 @@ class Client:
                 `Statistics.times`; a function is moreover called with the `CallTimes` of each that
                 has been replied to, whatever the status, before its caller goes on. None for what
                 `connect` was told.
+            retry: which calls are made again when they fail; None for none, "inherit" for what
+                `connect` was told.
+            wait_for_ready: calls wait for a server that is away, as long as their deadline allows;
+                None for what `connect` was told.
+            hedge: when calls of idempotent unary methods are made once more beside the first; not
+                those of clubs and windows.
             compress: let what the calls send be compressed, if `connect` was told to; False for
                 data that is compressed already.
 
         Raises:
             TypeError: `service` is no service, or an annotation of it can't be resolved.
+            ValueError: `hedge` for a service none of whose methods can be hedged.
         """
         pairs = metadata.items() if isinstance(metadata, Mapping) else metadata
         options = Options(
             Priority(priority),
             tuple((key, value) for key, value in pairs),
             self._timings if timings is None else timings,
+            retry=self._retry if retry == "inherit" else retry,
+            wait=self._wait_for_ready if wait_for_ready is None else wait_for_ready,
+            hedge=hedge,
             compress=compress,
         )
         return make_stub(service, self._connections, options)
@@ -109,11 +133,17 @@ class Client:
 
 @asynccontextmanager
 async def connect(
-    address: str,
+    address: str | Sequence[str],
     *,
     tls: TLS | ssl.SSLContext | None = None,
     proxy: str | None = None,
     connections: int | Literal["auto"] = 1,
+    balance: Balance = Balance.PICK_FIRST,
+    reconnect: bool = True,
+    wait_for_ready: bool = False,
+    retry: Retry | None = Retry(),
+    breaker: Breaker | None = None,
+    outliers: Outliers | None = Outliers(),
     clubbing: Clubbing = Clubbing(),
     limits: Limits = Limits(),
     connect_timeout: float = CONNECT_TIMEOUT,
@@ -121,25 +151,37 @@ async def connect(
     timings: Timings = False,
     compression: Compression | None = None,
 ) -> AsyncGenerator[Client, None]:
-    """Connect to a server for the time of a block.
+    """Connect to a server for the time of a block, or to several that do the same.
 
-    Leaving the block ends the connections: calls that other tasks still wait for raise
-    `ConnectionLost`. So do the calls of a connection that is lost, and all calls once none is left
-    or the server has drained. Of several, one that is lost is made again as long as others remain.
-    Where nothing of a call was begun, the error's `not_started` says so.
+    A connection that is lost takes its calls with it: they raise `ConnectionLost`, whose
+    `not_started` says where nothing of a call was begun. Another is opened at once, and after
+    attempts that fail with pauses that double up to 30 seconds, each of random length. Calls wait
+    for the first attempt; until a later one succeeds they fail. Calls that `retry` covers are made
+    again before anybody sees an error. Leaving the block ends it all: calls that other tasks still
+    wait for raise `ConnectionLost`.
 
     Args:
         address: "tcp://host:port", "tls://host:port" or "unix:///path"; or "http://host:port/path"
-            ("https:"), for the same protocol behind an upgrade of HTTP.
+            ("https:"), for the same protocol behind an upgrade of HTTP; or several of them.
         tls: how to encrypt, for tls and https: files, or a context, which is used as it is; None
             for servers that are certified by whom the system trusts. See `TLS`.
         proxy: the HTTP proxy to connect by, "http://user:password@host:port"; "" for none; None for
             that of the environment: for tls and https HTTPS_PROXY, for http http_proxy, else
             ALL_PROXY, but for the hosts of NO_PROXY. tcp addresses go by a proxy only if it is
             named here.
-        connections: how many; "auto" starts with one, adds more while the goodput rises with them,
-            up to eight, and drops those that don't pay. A call stays on the connection that it
-            began on.
+        connections: how many to each server; "auto" starts with one, adds more while the goodput
+            rises with them, up to eight, and drops those that don't pay. A call stays on the
+            connection that it began on.
+        balance: PICK_FIRST connects to the first of the addresses that answers, and ROUND_ROBIN to
+            all of them, to make one call after the other to each.
+        reconnect: open a connection in the place of the last one that was lost. Otherwise the
+            client ends with it.
+        wait_for_ready: wait for a server that is away, here until one answers, and each call as
+            long as its deadline allows.
+        retry: which calls are made again when they fail; None for none.
+        breaker: when no calls are made to a server for some time, since they fail there; None for
+            never.
+        outliers: the same of a part of several servers, with ROUND_ROBIN, if there is no breaker.
         clubbing: how calls gather.
         limits: what this client accepts from the server, on each connection.
         connect_timeout: seconds until the server must have answered.
@@ -152,31 +194,35 @@ async def connect(
 
     Raises:
         ImportError: zstd is asked for and isn't installed.
-        ValueError: the address or the proxy isn't one, or can't be had with the other arguments,
-            the number of connections isn't positive, or the system doesn't have that congestion
-            control.
+        ValueError: an address or the proxy isn't one, or can't be had with the other arguments,
+            there is no address, the number of connections isn't positive, or the system doesn't
+            have that congestion control.
         OSError: a file of `tls` can't be used.
         ConnectionLost: no druvarpc server answers there.
     """
-    parsed = parse_address(address)
+    addresses = [address] if isinstance(address, str) else address
+    parsed = [parse_address(one) for one in addresses]
     if congestion_control is not None:
-        check_congestion_control(congestion_control, [parsed])
-    route = Route(parsed, tls=tls, proxy=proxy, congestion_control=congestion_control)
-    async with connect_by(
-        route,
-        str(parsed),
-        connections=connections,
-        clubbing=clubbing,
-        limits=limits,
-        timeout=connect_timeout,
+        check_congestion_control(congestion_control, parsed)
+    targets = [
+        Target(str(one), Route(one, tls=tls, proxy=proxy, congestion_control=congestion_control))
+        for one in parsed
+    ]
+    algorithms = algorithms_for(compression)
+    async with connect_to(
+        targets,
+        Terms(connections, clubbing, limits, connect_timeout, reconnect, algorithms),
+        balance=balance,
+        wait_for_ready=wait_for_ready,
+        retry=retry,
+        breaker=breaker,
+        outliers=outliers,
         timings=timings,
-        compression=compression,
     ) as client:
         yield client
 
 
-@asynccontextmanager
-async def connect_by(
+def connect_by(
     dial: Callable[[], Awaitable[Transport]],
     address: str,
     *,
@@ -184,27 +230,42 @@ async def connect_by(
     clubbing: Clubbing = Clubbing(),
     limits: Limits = Limits(),
     timeout: float = CONNECT_TIMEOUT,
+    reconnect: bool = True,
     timings: Timings = False,
     compression: Compression | None = None,
-) -> AsyncGenerator[Client, None]:
+) -> AbstractAsyncContextManager[Client]:
     """Be a client on transports that `dial` opens, to `address`; see `connect`.
 
     They are closed in the end. The server must have answered within `timeout` seconds.
     """
-    if connections != "auto" and (type(connections) is not int or connections < 1):
-        raise ValueError(f"connections={connections!r}: 1 or more, or 'auto'")
+    algorithms = algorithms_for(compression)
+    terms = Terms(connections, clubbing, limits, timeout, reconnect, algorithms)
+    return connect_to([Target(address, dial)], terms, timings=timings)
+
+
+@asynccontextmanager
+async def connect_to(
+    targets: Sequence[Target],
+    terms: Terms,
+    *,
+    balance: Balance = Balance.PICK_FIRST,
+    wait_for_ready: bool = False,
+    retry: Retry | None = Retry(),
+    breaker: Breaker | None = None,
+    outliers: Outliers | None = Outliers(),
+    timings: Timings = False,
+) -> AsyncGenerator[Client, None]:
+    """Be a client of servers; see `connect`."""
+    number = terms.number
+    if number != "auto" and (type(number) is not int or number < 1):
+        raise ValueError(f"connections={number!r}: 1 or more, or 'auto'")
+    if not targets:
+        raise ValueError("no address")
     async with quiet_nursery() as nursery:
-        opened = Connections(
-            dial,
-            address,
-            connections,
-            nursery,
-            clubbing=clubbing,
-            limits=limits,
-            timeout=timeout,
-            compression=algorithms_for(compression),
+        endpoints = Endpoints(
+            targets, terms, nursery, balance=balance, breaker=breaker, outliers=outliers
         )
-        await opened.start(trio.current_time())
-        yield Client(opened, timings)
-        await opened.close()
+        await endpoints.start(trio.current_time(), wait=wait_for_ready)
+        yield Client(endpoints, timings, retry=retry, wait_for_ready=wait_for_ready)
+        await endpoints.close()
         nursery.cancel_scope.cancel()

@@ -32,6 +32,8 @@ class ClientConnection:
         transport: its bytes.
         totals: where its calls are counted.
         on_change: called when it takes no more calls.
+        on_failure: called when a call fails as with a server that is ill, or the connection is
+            lost.
 
     Attributes:
         calls: its calls.
@@ -44,11 +46,13 @@ class ClientConnection:
         transport: Transport,
         totals: Totals,
         on_change: Callable[[], None],
+        on_failure: Callable[[], None],
     ) -> None:
         self.session = Session(core, transport, self._handle, self._lose)
-        self.calls = Calls(self.session, totals)
+        self.calls = Calls(self.session, totals, on_failure)
         self._totals = totals
         self._on_change = on_change
+        self._on_failure = on_failure
         self._pongs = trio.lowlevel.ParkingLot()
         self._last_pong = 0
         self._next_ping = -math.inf
@@ -60,6 +64,11 @@ class ClientConnection:
     def accepts_calls(self) -> bool:
         """Whether calls can be made on it."""
         return not self.session.ended and self.session.core.accepts_calls
+
+    @property
+    def drained(self) -> bool:
+        """Whether it takes no calls, though nothing is wrong with it."""
+        return self.session.failure is None and not self.session.core.accepts_calls
 
     async def run(self) -> None:
         """Serve the connection until it ends."""
@@ -85,7 +94,7 @@ class ClientConnection:
             with trio.move_on_at(deadline):
                 await self._settled.wait()
             peer = self.session.transport.peer
-            if self.session.ended:
+            if self.session.ended or self.drained:
                 reason = self.session.lost().message
                 raise ConnectionLost(f"can't connect to {peer}: {reason}", not_started=True)
             if not self._settled.is_set():
@@ -123,6 +132,8 @@ class ClientConnection:
     def _lose(self) -> None:
         """Fail all that waits for the server."""
         self._on_change()
+        if self.session.failure is not None and self._settled.is_set():
+            self._on_failure()
         self.calls.fail_all()
         self._pongs.unpark_all()
         self._settled.set()

@@ -1,18 +1,21 @@
 """Explicit clubs: calls that go out together and may use each other's results."""
 
-from collections.abc import Callable, Coroutine, Iterable
+import math
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import trio
 
 from druvarpc.calls import Call, Calls
-from druvarpc.connections import Connections
-from druvarpc.errors import ConnectionLost, RpcError, Status
+from druvarpc.endpoints import Endpoints
+from druvarpc.errors import RpcError, Status
 from druvarpc.protocol import Reference
 from druvarpc.protocol.clubs import MAX_PATH, MAX_REFERENCES, call_size
 from druvarpc.protocol.wire import MAX_CLUB
+from druvarpc.retries import Attempts, may_fare_better
 from druvarpc.service import Method
-from druvarpc.stubs import unary_method
+from druvarpc.stubs import UnaryMethod, unary_method
 
 T = TypeVar("T")
 
@@ -95,7 +98,12 @@ class Reply(Part, Generic[T]):
 
     def begin(self, call: Call) -> None:
         """Note the call that was made for this reply."""
-        self._call = call
+        self._call, self._error = call, None
+
+    def abandon(self) -> None:
+        """Abandon the call if it hasn't ended."""
+        if self._call is not None:
+            self._call.calls.abandon(self._call)
 
     async def settle(self) -> None:
         """Wait for the call, and keep what it returned or why it failed."""
@@ -112,6 +120,58 @@ class Reply(Part, Generic[T]):
         self._error = error
 
 
+@dataclass(slots=True)
+class _Entry:
+    """One call of a club.
+
+    Attributes:
+        index: in the club.
+        deadline: of the scopes that it was added in.
+    """
+
+    index: int
+    stub: UnaryMethod
+    payload: bytes
+    references: tuple[Reference, ...]
+    reply: Reply[Any]
+    deadline: float
+
+    def make(self, calls: Calls) -> Call:
+        """Return a new call."""
+        options = self.stub.options
+        call = Call(
+            calls,
+            self.stub.method.name,
+            self.payload,
+            lane=options.lane,
+            metadata=options.metadata,
+            references=self.references,
+        )
+        if self.deadline < math.inf:
+            call.deadline = self.deadline
+        if options.special:
+            options.apply(call)
+        self.reply.begin(call)
+        return call
+
+    def may_be_repeated(self) -> bool:
+        """Whether the call failed in a way that lets it be made again."""
+        error = self.reply.error
+        return isinstance(error, RpcError) and may_fare_better(
+            error, idempotent=self.stub.method.idempotent
+        )
+
+    def was_in_vain(self) -> bool:
+        """Whether the call didn't run since another that it needs didn't."""
+        error = self.reply.error
+        return (
+            bool(self.references)
+            and isinstance(error, RpcError)
+            and error.status is Status.FAILED_PRECONDITION
+            and error.not_started
+        )
+
+
 class Club:
     """Calls that go out in one frame when the block of `Client.club` ends.
 
@@ -120,11 +180,11 @@ class Club:
         ended: every reply is settled.
     """
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: Endpoints) -> None:
         self.closed = False
         self.ended = False
         self._connections = connections
-        self._begun: list[tuple[Reply[Any], Call]] = []
+        self._entries: list[_Entry] = []
 
     def call(
         self, method: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any
@@ -155,80 +215,114 @@ class Club:
         payload = row.encode_arguments(
             tuple(None if isinstance(one, Part) else one for one in arguments)
         )
-        reply: Reply[T] = Reply(self, len(self._begun), row)
-        call = Call(
-            self._connections.only or self._connections.choose(0, stub.options.lane),
-            row.name,
-            payload,
-            lane=stub.options.lane,
-            metadata=stub.options.metadata,
-            references=references,
-        )
-        if stub.options.special:
-            stub.options.apply(call)
-        reply.begin(call)
-        self._begun.append((reply, call))
+        reply: Reply[T] = Reply(self, len(self._entries), row)
+        deadline = trio.current_effective_deadline()
+        self._entries.append(_Entry(len(self._entries), stub, payload, references, reply, deadline))
         return reply
 
     async def settle(self) -> list[Exception]:
         """Send the calls, wait for all replies and return the errors; cancelled, abandon them."""
+        entries = self._entries
+        attempts = None
         try:
-            self._submit()
-            for reply, _ in self._begun:
-                await reply.settle()
+            while entries:
+                sent = self._try_to_submit(entries)
+                if sent and attempts is not None:
+                    attempts.begun(len(entries))
+                for entry in entries:
+                    await entry.reply.settle()
+                entries = self._to_repeat()
+                if entries:
+                    options = entries[0].stub.options
+                    attempts = attempts or Attempts(
+                        self._connections, options, idempotent=True, sent=sent
+                    )
+                    await attempts.pause(self._reason(entries), len(entries))
+        except RpcError:
+            pass  # there is no other attempt: each keeps the error that it has
         finally:
-            for _, call in self._begun:
-                call.calls.abandon(call)
-        if any(isinstance(reply.error, ConnectionLost) for reply, _ in self._begun):
-            # Maybe since what cancels this task has ended the connection a moment before.
-            await trio.lowlevel.checkpoint_if_cancelled()
+            for entry in self._entries:
+                entry.reply.abandon()
         self.ended = True
-        return [reply.error for reply, _ in self._begun if reply.error is not None]
+        return [one.reply.error for one in self._entries if one.reply.error is not None]
 
-    def _submit(self) -> None:
-        """Send the calls in as few frames as the server's limits allow."""
-        if not self._begun:
-            return
-        size = sum(len(call.payload or b"") for _, call in self._begun)
-        lane = self._begun[0][1].lane
+    def _try_to_submit(self, entries: Sequence[_Entry]) -> bool:
+        """Send calls; return whether there is a connection for that."""
+        try:
+            self._submit(entries)
+        except RpcError as error:
+            for entry in entries:
+                entry.reply.fail(error)
+            return False
+        return True
+
+    def _to_repeat(self) -> list[_Entry]:
+        """Return the calls that are made again: none, those that failed, or all.
+
+        Calls that need results of others are made again with them, so only if none has run.
+        """
+        failed = [one for one in self._entries if one.may_be_repeated()]
+        if not any(one.references for one in self._entries):
+            return failed
+        if failed and all(one.may_be_repeated() or one.was_in_vain() for one in self._entries):
+            return self._entries
+        return []
+
+    def _reason(self, entries: Sequence[_Entry]) -> RpcError:
+        """Return the error that says most of when to make calls again."""
+        errors = [one.reply.error for one in entries if one.may_be_repeated()]
+        return max(
+            (error for error in errors if isinstance(error, RpcError)),
+            key=lambda error: error.retry_after or 0.0,
+        )
+
+    def _submit(self, entries: Sequence[_Entry]) -> None:
+        """Send calls in as few frames as the server's limits allow.
+
+        Raises:
+            ConnectionLost: there is no connection.
+            CircuitOpen: calls to the server fail.
+        """
+        size = sum(len(entry.payload) for entry in entries)
+        lane = entries[0].stub.options.lane
         calls = self._connections.only or self._connections.choose(size, lane)
         peer = calls.session.core.peer
         most = min(peer.max_club, peer.max_calls)
         # Calls that need each other must share a frame, however large. Others do better in several:
         # the server begins with the first while the next are on their way.
-        bound = any(call.references for _, call in self._begun)
+        bound = any(entry.references for entry in entries)
         places: dict[int, int] = {}  # in the frame, by the index in the club
+        frame: list[tuple[_Entry, Call]] = []
         room = MAX_CLUB
-        for index, (reply, call) in enumerate(self._begun):
+        for entry in entries:
+            call = entry.make(calls)
+            call.lane = lane
             size = call_size(call)
             room -= size
             if len(places) == most or (places and room < 0 and not bound):
-                self._send(calls, places)
-                places, room = {}, MAX_CLUB - size
+                self._send(calls, frame)
+                places, frame, room = {}, [], MAX_CLUB - size
             missing = next((one.call for one in call.references if one.call not in places), None)
             if missing is not None:
-                reply.fail(self._unreachable(call, missing))
+                entry.reply.fail(self._unreachable(call, missing))
                 continue
             call.references = tuple(one._replace(call=places[one.call]) for one in call.references)
-            places[index] = len(places)
-        if places:
-            self._send(calls, places)
+            places[entry.index] = len(places)
+            frame.append((entry, call))
+        if frame:
+            self._send(calls, frame)
 
-    def _send(self, calls: Calls, indices: Iterable[int]) -> None:
+    def _send(self, calls: Calls, frame: Sequence[tuple[_Entry, Call]]) -> None:
         """Send some of the calls in one frame."""
-        part = [self._begun[index] for index in indices]
-        for _, call in part:
-            call.lane = part[0][1].lane
-            call.calls = calls
         try:
-            calls.submit_club([call for _, call in part])
+            calls.submit_club([call for _, call in frame])
         except RpcError as error:
-            for reply, _ in part:
-                reply.fail(error)
+            for entry, _ in frame:
+                entry.reply.fail(error)
 
     def _unreachable(self, call: Call, index: int) -> RpcError:
         """Return the error of a call that refers to one which isn't in the same frame."""
-        if self._begun[index][0].error is not None:
+        if self._entries[index].reply.error is not None:
             return RpcError(
                 Status.FAILED_PRECONDITION,
                 f"call {index} of the club, which this one needs, has no result",

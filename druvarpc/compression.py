@@ -12,7 +12,8 @@ from druvarpc.protocol.frames import Buffer
 
 Compression = Literal["auto", "zlib", "zstd"]
 
-# Level 6, zlib's default, took 1.5 to 7 times as long for 5 to 20 % fewer bytes.
+# Level 6, zlib's default, on messages of 4 KiB to 1 MiB: 1.5 to 3.8 times the time for 5 to 19 %
+# fewer bytes.
 _LEVEL: Final = 1
 
 

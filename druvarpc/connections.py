@@ -4,9 +4,11 @@ All of them make up one client. A call belongs to one connection: which one is d
 made, by `choose` for a small call and by `roomiest` for one that carries much. Where there is only
 one, `only` saves the question. What ends a connection ends its calls and none of the others.
 
-With more than one, `_keep` watches over them: it opens those that are missing, as `ConnectionCount`
-(druvarpc/protocol/goodput.py) demands or in the place of one that was lost, and drains what is too
-many. When the last has ended the client has, too.
+`_keep` watches over them: it opens those that are missing, as `ConnectionCount`
+(druvarpc/protocol/goodput.py) demands or in the place of one that has ended, and drains what is too
+many. When none is left, calls wait for the first attempt to open another (`ready`); once that has
+failed they fail, and attempts go on. Without `reconnect` the client has ended with its last
+connection.
 
 With "auto" there is one more as long as small calls go beside bulk: the quiet one, which carries
 no others. Lanes keep a small call from waiting for bulk in this process; but once in the same
@@ -17,25 +19,25 @@ round trip, for 0.2 s out of 10.
 
 import math
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final, Literal
+from typing import Final
 
 import trio
 
 from druvarpc.calls import Calls
-from druvarpc.client_connection import ClientConnection, no_answer
+from druvarpc.client_connection import ClientConnection
+from druvarpc.dialing import Dialer, Target, Terms
 from druvarpc.errors import ConnectionLost
 from druvarpc.protocol import (
     Budget,
-    Clubbing,
     Connection,
-    Limits,
     Priority,
 )
-from druvarpc.protocol.compression import Algorithm
 from druvarpc.protocol.goodput import ConnectionCount
-from druvarpc.statistics import Statistics, Totals
+from druvarpc.resilience import Backoff
+from druvarpc.session import Session
+from druvarpc.statistics import Totals
 from druvarpc.transports import Transport
 
 # With "auto". On the longest link that we measured eight carried no more than four, and each weighs
@@ -50,6 +52,8 @@ _SLACK: Final = 8
 # that doesn't hold longer than this.
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 30.0
+# Seconds until the next attempt that calls wait for; before a longer pause they fail.
+_PATIENCE: Final = 1.0
 # Calls that the quiet connection has at once: so many small ones at a time are a load themselves,
 # whatever their results weigh.
 _QUIET_CALLS: Final = 16
@@ -62,58 +66,60 @@ _IDLE_LOOK: Final = 1.0
 
 
 class Connections:
-    """The connections of one client.
+    """The connections to one server, or to the first of several that answers.
 
     Args:
-        dial: opens a transport; raises ConnectionLost.
-        address: where to, for messages.
-        number: how many connections, or "auto".
+        targets: where to, in the order of preference.
+        terms: how they are made.
         nursery: where they run; it ends with the client.
-        clubbing: how calls gather.
-        limits: what the client accepts on each.
-        timeout: seconds that opening one may take.
-        compression: the algorithms for what calls carry, the best first.
+        budget: the client's memory.
+        totals: where to count.
+        on_change: called when others, or no others, take calls.
+        on_failure: called when a call fails as with a server that is ill, or a connection is lost.
 
     Attributes:
-        only: the calls of the connection, if there is only one, or none is left.
-        nursery: where they run.
+        only: the calls of the connection, if there is only one, or none is left for ever.
+        reconnects: how often a connection was opened when none was left.
+        hopeless: that none is open won't change soon.
     """
 
     def __init__(
         self,
-        dial: Callable[[], Awaitable[Transport]],
-        address: str,
-        number: int | Literal["auto"],
+        targets: Sequence[Target],
+        terms: Terms,
         nursery: trio.Nursery,
         *,
-        clubbing: Clubbing,
-        limits: Limits,
-        timeout: float,
-        compression: Sequence[Algorithm] = (),
+        budget: Budget,
+        totals: Totals,
+        on_change: Callable[[], None],
+        on_failure: Callable[[], None],
     ) -> None:
-        self.nursery = nursery
         self.only: Calls | None = None
+        self.reconnects = 0
+        self.hopeless = False
         # The last that took calls and doesn't any more: it says why.
         self._last: ClientConnection | None = None
-        self._dial = dial
-        self._address = address
-        self._number: int | Literal["auto"] = number
-        self._clubbing = clubbing
-        self._limits = limits
-        self._timeout = timeout
-        self._compression = compression
-        self._budget = Budget(limits.total_memory)
-        self._totals = Totals()
+        self._targets = targets
+        self._terms = terms
+        self._nursery = nursery
+        self._dialer = Dialer(targets, terms, budget)
+        self._totals = totals
+        self._on_change = on_change
+        self._on_failure = on_failure
         self._running: dict[ClientConnection, None] = {}
         # Those that take calls; the first is where small calls go.
         self._open: list[ClientConnection] = []
+        self._backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
+        self._opening = 0  # by the keeper, just now
+        self._failure: ConnectionLost | None = None  # of the last attempt
+        self._closed = False
         self._quiet: ClientConnection | None = None
         self._quiet_until = -math.inf  # it stays, or isn't tried again
         self._light = 0
         self._moved = 0
         self._looked_at = -math.inf
         # Those that are drained are open as long as they have calls.
-        self._most = 2 * (MOST_CONNECTIONS if number == "auto" else number)
+        self._most = 2 * (MOST_CONNECTIONS if terms.number == "auto" else terms.number)
         self._keeping = trio.CancelScope()
         self._dialing = trio.CancelScope()  # of the quiet one
         self._changed = trio.Event()
@@ -124,47 +130,72 @@ class Connections:
         Raises:
             ConnectionLost: one of them can't be opened within the time, counted from `start`.
         """
-        number = 1 if self._number == "auto" else self._number
+        number = self._terms.number
         await self._add(start)
         # Whoever is cancelled at this very moment is to learn that, not what it did to others.
         await trio.lowlevel.checkpoint_if_cancelled()
-        errors = await self._add_all(number - 1, start)
+        errors = await self._add_all((1 if number == "auto" else number) - 1, start)
         if errors:
             raise errors[0]
-        if self._number != 1:
-            self.nursery.start_soon(self._keep)
+        self.keep()
+
+    def keep(self) -> None:
+        """Open the connections that are missing, from now on, and see to it that they stay."""
+        if self._terms.number != 1 or self._terms.reconnect or not self._open:
+            self._nursery.start_soon(self._keep)
 
     async def close(self) -> None:
         """End all connections in good order."""
+        self._closed = True
         self._keeping.cancel()
         self._dialing.cancel()
+        self._on_change()  # who waits for a connection waits in vain
         async with trio.open_nursery() as nursery:
             for connection in self._running:
                 nursery.start_soon(connection.close)
 
-    def statistics(self) -> Statistics:
-        """See `Client.statistics`."""
-        return self._totals.with_open([one.session for one in self._running])
+    @property
+    def sessions(self) -> list[Session]:
+        """Those of all that haven't ended."""
+        return [one.session for one in self._running]
 
     async def ping(self) -> float:
-        """See `Client.ping`."""
-        return await self._first.ping()
+        """See `Client.ping`; there must be a connection that is `open`."""
+        return await self._open[0].ping()
 
     @property
     def number(self) -> int:
         """How many take calls that carry much."""
         return max(1, len(self._open))
 
-    def check_open(self) -> None:
-        """See to it that calls can be made.
+    @property
+    def open(self) -> bool:
+        """Whether calls can be made."""
+        return bool(self._open)
 
-        Raises:
-            ConnectionLost: all connections have ended or take no more calls.
-        """
-        self._first.calls.check_open()
+    @property
+    def over(self) -> bool:
+        """Whether none can be made any more."""
+        tried = self._last is not None or self._failure is not None
+        return self._closed or (tried and not self._open and not self._terms.reconnect)
+
+    def lost(self) -> ConnectionLost:
+        """Return the error of calls that can't be made."""
+        if self._closed:
+            message = "the client is closed"
+        elif self._failure is not None:
+            message = self._failure.message
+        elif self._last is not None:
+            message = self._last.session.lost().message
+        else:
+            message = f"not connected to {self._targets[0].address} yet"
+        return ConnectionLost(message, not_started=True)
 
     def choose(self, size: int, lane: Priority) -> Calls:
-        """Return the calls of the connection that a call of so many bytes is made on."""
+        """Return the calls of the connection that a call of so many bytes is made on.
+
+        There must be one that is `open`.
+        """
         if size > HEAVY:
             return self.roomiest()
         quiet = self._quiet
@@ -186,12 +217,14 @@ class Connections:
         """Return the calls of the connection that has the most room for one that carries much."""
         return min(self._open, key=lambda one: one.calls.load).calls
 
-    @property
-    def _first(self) -> ClientConnection:
-        if self._open:
-            return self._open[0]
-        assert self._last is not None, "nobody asks before the first connection is open"
-        return self._last
+    def has(self, calls: Calls) -> bool:
+        """Whether these are the calls of one of the connections."""
+        return any(one.calls is calls for one in self._open)
+
+    def apart(self, calls: Calls) -> Calls:
+        """Return the calls of another connection than these, if there is one."""
+        others = [one.calls for one in self._open if one.calls is not calls]
+        return min(others, key=lambda one: one.active, default=self._open[0].calls)
 
     async def _add(self, start: float, *, quiet: bool = False) -> None:
         """Open a connection.
@@ -199,36 +232,28 @@ class Connections:
         Raises:
             ConnectionLost: that couldn't be done.
         """
-        deadline = start + self._timeout
-        transport: Transport | None = None
-        with trio.move_on_at(deadline):
-            transport = await self._dial()
-        if transport is None:
-            raise no_answer(self._address, self._timeout)
-        core = Connection(
-            "client",
-            now=trio.current_time(),
-            limits=self._limits,
-            clubbing=self._clubbing,
-            budget=self._budget,
-            compression=self._compression,
+        self._take(await self._dialer.open(start, self._begin), quiet=quiet)
+
+    def _begin(self, core: Connection, transport: Transport) -> ClientConnection:
+        connection = ClientConnection(
+            core, transport, self._totals, self._note_change, self._on_failure
         )
-        connection = ClientConnection(core, transport, self._totals, self._note_change)
         self._running[connection] = None
-        self.nursery.start_soon(self._run, connection)
-        await connection.settle(deadline, self._timeout)
-        if not connection.accepts_calls:
-            error = connection.session.lost()
-            error.not_started = True
-            raise error
-        if self._last is not None:
+        self._nursery.start_soon(self._run, connection)
+        return connection
+
+    def _take(self, connection: ClientConnection, *, quiet: bool) -> None:
+        """Let calls be made on a new connection."""
+        if self.over:
             # All others have ended while this one was opened, and with them the client.
             connection.session.close()
-            raise self._last.session.lost()
+            raise self.lost()
         if quiet:
             self._quiet = connection
         else:
+            self.reconnects += not self._open and self._last is not None
             self._open.append(connection)
+        self._failure, self.hopeless = None, False
         self._note_change()
 
     async def _run(self, connection: ClientConnection) -> None:
@@ -246,51 +271,68 @@ class Connections:
             still, self._quiet = [self._quiet], None
         if self._open and not still:
             self._last = self._open[-1]
+            self._failure = None
+            self.hopeless = self._backoff.at > trio.current_time() + _PATIENCE
         self._open = still
-        if len(still) > 1 or self._quiet is not None:
+        if len(still) == 1 and self._quiet is None:
+            self.only = still[0].calls
+        elif still or self._terms.reconnect or self._last is None:
             self.only = None
-        elif still or self._last is not None:
-            self.only = self._first.calls
+        else:
+            self.only = self._last.calls
         self._changed.set()
+        self._on_change()
 
-    # More than one.
+    # As many as there should be.
 
     async def _keep(self) -> None:
-        """Keep as many connections as there should be, as long as there is one."""
+        """Keep as many connections as there should be, as long as there is to be any."""
         now = trio.current_time()
-        count = ConnectionCount(MOST_CONNECTIONS, now) if self._number == "auto" else None
-        pause, next_attempt = _FIRST_PAUSE, now
+        number = self._terms.number
+        count = ConnectionCount(MOST_CONNECTIONS, now) if number == "auto" else None
         with self._keeping:
-            while self._open:
+            while not self.over:
                 self._changed = trio.Event()
                 now = trio.current_time()
-                target = self._number if count is None else self._decide(count, now)
-                assert target != "auto"
+                if count is None:
+                    assert number != "auto"
+                    target = number
+                else:
+                    target = self._decide(count, now) if self._open else 1
                 for _ in range(len(self._open) - target):
                     self._retire()
                 if count is not None:
                     self._keep_quiet(now)
-                missing = min(target - len(self._open), self._most - len(self._running))
-                if missing > 0 and now >= next_attempt:
-                    if now > next_attempt + pause:
-                        pause = _FIRST_PAUSE  # what was opened last has held
-                    errors = await self._add_all(missing, now)
-                    now = trio.current_time()
-                    # Full jitter (Brooker, "Exponential backoff and jitter", 2015): clients that
-                    # lost the same server don't come back together.
-                    next_attempt = now + random.uniform(0, pause)
-                    pause = min(2 * pause, _LONGEST_PAUSE)
-                    if errors and count is not None:
-                        count.refuse(now, len(self._open))
-                    continue
-                until = count.deadline if count is not None else math.inf
-                if missing > 0:
-                    until = min(until, next_attempt)
-                elif count is not None and len(self._open) < target:
+                missing = self._missing(target)
+                if missing and now >= self._backoff.at:
+                    self._backoff.attempt(now, random.random())
+                    self._opening += missing
+                    self._nursery.start_soon(self._replace, missing, now, count)
+                    missing = 0
+                until = count.deadline if count is not None and self._open else math.inf
+                if missing:
+                    until = min(until, self._backoff.at)
+                elif count is not None and len(self._open) + self._opening < target:
                     # Those that are drained still have calls.
                     count.refuse(now, len(self._open))
+                    until = count.deadline
                 with trio.move_on_at(until):
                     await self._changed.wait()
+
+    def _missing(self, target: int) -> int:
+        """Return how many connections to open now."""
+        missing = target - len(self._open) - self._opening
+        least = 0 if self._open or self._opening else 1  # whatever those have that are drained
+        return max(least, min(missing, self._most - len(self._running) - self._opening))
+
+    async def _replace(self, number: int, start: float, count: ConnectionCount | None) -> None:
+        errors = await self._add_all(number, start)
+        self._opening -= number
+        if errors and not self._open:
+            self._failure, self.hopeless = errors[0], True
+        if errors and count is not None:
+            count.refuse(trio.current_time(), len(self._open))
+        self._note_change()
 
     def _decide(self, count: ConnectionCount, now: float) -> int:
         sessions = [one.session for one in self._running]
@@ -328,7 +370,7 @@ class Connections:
         elif beside and now >= self._quiet_until:
             self._quiet_until = now + _QUIET_TIME
             self._dialing = trio.CancelScope()
-            self.nursery.start_soon(self._open_quiet, now)
+            self._nursery.start_soon(self._open_quiet, now)
 
     async def _open_quiet(self, start: float) -> None:
         # One that can't be opened is tried again when it would have been closed.

@@ -5,9 +5,14 @@ the peer did wrong (`RemoteProtocolError`) is told apart from what the caller of
 wrong (`LocalProtocolError`).
 """
 
+import math
+from collections.abc import Mapping
 from enum import IntEnum, unique
+from typing import Final, cast
 
 __all__ = [
+    "RETRY_AFTER",
+    "CircuitOpen",
     "CloseCode",
     "ConnectionLost",
     "LocalProtocolError",
@@ -16,6 +21,9 @@ __all__ = [
     "RpcError",
     "Status",
 ]
+
+# The key of an error's details that says how many seconds its caller is asked to wait.
+RETRY_AFTER: Final = "retry_after"
 
 
 @unique
@@ -86,6 +94,25 @@ class RpcError(Exception):
         self.details = details
         self.not_started = not_started
 
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds that the server asks to be left alone: `details["retry_after"]`, None without.
+
+        A handler asks for it by `details={"retry_after": seconds}`. What is no such number, or
+        negative, is ignored.
+        """
+        details = self.details
+        if not isinstance(details, Mapping):
+            return None
+        seconds = cast("Mapping[object, object]", details).get(RETRY_AFTER)
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+            return None
+        try:
+            seconds = float(seconds)
+        except OverflowError:  # an int that no float is as large as
+            return None
+        return seconds if 0 <= seconds < math.inf else None
+
     def __str__(self) -> str:
         return f"{self.status.name}: {self.message}" if self.message else self.status.name
 
@@ -95,6 +122,16 @@ class ConnectionLost(RpcError):
 
     def __init__(self, message: str = "connection lost", *, not_started: bool = False) -> None:
         super().__init__(Status.UNAVAILABLE, message, not_started=not_started)
+
+
+class CircuitOpen(RpcError):
+    """Calls to the server fail, so this one wasn't made (`Breaker`); its status is UNAVAILABLE.
+
+    Its `retry_after` says when it is tried again.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(Status.UNAVAILABLE, message, {RETRY_AFTER: retry_after}, not_started=True)
 
 
 class ProtocolError(Exception):

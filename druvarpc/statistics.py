@@ -46,6 +46,9 @@ class Statistics:
             what it sends `credit`; what else it waited for is its `way`.
         clubs: which calls of a client rode together: by the methods in a frame, each once and
             sorted. At most 256 such combinations are told apart; the others have the key ().
+        calls_retried: by a client, once more each time; they are among `calls_started`.
+        calls_hedged: copies that a client sent of calls whose replies took long, likewise.
+        reconnects: how often a client opened a connection to a server to which it had none left.
     """
 
     connections: int
@@ -63,15 +66,27 @@ class Statistics:
     receive_window: int
     times: Mapping[str, MethodTimes]
     clubs: Mapping[tuple[str, ...], ClubCount]
+    calls_retried: int = 0
+    calls_hedged: int = 0
+    reconnects: int = 0
 
 
 @dataclass(slots=True)
 class Totals:
-    """Sums that outlive the connections they come from."""
+    """Sums that outlive the connections they come from.
+
+    Beside what `Statistics` tells, of calls that have ended:
+
+    Attributes:
+        calls_given_up: without a reply.
+        calls_ill: with a reply that says that the server is ill.
+    """
 
     calls_started: int = 0
     calls_ended: int = 0
     calls_failed: int = 0
+    calls_given_up: int = 0
+    calls_ill: int = 0
     clubs_sent: int = 0
     calls_clubbed: int = 0
     bytes_sent: int = 0
@@ -83,6 +98,11 @@ class Totals:
         default_factory=dict[tuple[str, ...], ClubCount]
     )
 
+    @property
+    def calls_good(self) -> int:
+        """Calls whose reply says that the server is well, whatever came of them."""
+        return self.calls_ended - self.calls_given_up - self.calls_ill
+
     def add(self, session: Session) -> None:
         """Add what a connection that has ended did."""
         self.clubs_sent += session.core.clubs_sent
@@ -92,6 +112,21 @@ class Totals:
         self.bytes_saved_sent += session.core.saved_sent
         self.bytes_saved_received += session.core.saved_received
         _add_clubs(self.clubs, session)
+
+    def update(self, other: "Totals") -> None:
+        """Add the sums of others."""
+        self.calls_started += other.calls_started
+        self.calls_ended += other.calls_ended
+        self.calls_failed += other.calls_failed
+        self.calls_given_up += other.calls_given_up
+        self.calls_ill += other.calls_ill
+        self.clubs_sent += other.clubs_sent
+        self.calls_clubbed += other.calls_clubbed
+        self.bytes_sent += other.bytes_sent
+        self.bytes_received += other.bytes_received
+        self.times.update(other.times)
+        for key, count in other.clubs.items():
+            _add_club(self.clubs, key, count)
 
     def with_open(self, sessions: Iterable[Session]) -> Statistics:
         """Return the sums together with those of the open connections."""
@@ -123,7 +158,13 @@ class Totals:
 def _add_clubs(clubs: dict[tuple[str, ...], ClubCount], session: Session) -> None:
     for methods, (frames, calls) in session.core.clubs.items():
         key = (methods,) if isinstance(methods, str) else tuple(sorted(methods))
-        if key not in clubs and len(clubs) >= MAX_COMBINATIONS:
-            key = ()
-        before = clubs.get(key, ClubCount(0, 0))
-        clubs[key] = ClubCount(before.frames + frames, before.calls + calls)
+        _add_club(clubs, key, ClubCount(frames, calls))
+
+
+def _add_club(
+    clubs: dict[tuple[str, ...], ClubCount], key: tuple[str, ...], count: ClubCount
+) -> None:
+    if key not in clubs and len(clubs) >= MAX_COMBINATIONS:
+        key = ()
+    before = clubs.get(key, ClubCount(0, 0))
+    clubs[key] = ClubCount(before.frames + count.frames, before.calls + count.calls)

@@ -1,14 +1,19 @@
 """Stubs: objects with a service's methods, each of which makes a call."""
 
 import inspect
-from collections.abc import AsyncGenerator, Coroutine
+import math
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from trio.lowlevel import Task, checkpoint_if_cancelled, current_task, wait_task_rescheduled
+import trio
+from trio.lowlevel import Task, current_task, wait_task_rescheduled
 
-from druvarpc.calls import Call, Options
-from druvarpc.connections import HEAVY, Connections
-from druvarpc.errors import ConnectionLost
+from druvarpc.calls import Call, Calls, Options
+from druvarpc.connections import HEAVY
+from druvarpc.endpoints import Endpoints
+from druvarpc.errors import RpcError
+from druvarpc.resilience import Retry
+from druvarpc.retries import Attempts, may_fare_better
 from druvarpc.service import Cardinality, Method, Service, methods_of
 from druvarpc.streaming import download, exchange, upload
 
@@ -20,7 +25,7 @@ class StubMethod:
 
     __slots__ = ("connections", "method", "options")
 
-    def __init__(self, connections: Connections, method: Method, options: Options) -> None:
+    def __init__(self, connections: Endpoints, method: Method, options: Options) -> None:
         self.connections = connections
         self.method = method
         self.options = options
@@ -59,23 +64,51 @@ class UnaryMethod(StubMethod):
         task = current_task()
         try:
             call = self.begin(payload, task)
-        except ConnectionLost:
-            # Maybe since what cancels this task has ended the connection a moment before.
-            await checkpoint_if_cancelled()
-            raise
+        except RpcError as error:
+            return await self.repeat(payload, error, sent=False)
         call.task = task
         await wait_task_rescheduled(call.cancelled)
-        return self.decode(call) if call.plain else await self.result(call)
+        if call.plain:
+            return self.decode(call)
+        try:
+            return await self.result(call)
+        except RpcError as error:
+            return await self.repeat(payload, error)
 
-    def begin(self, payload: bytes, task: Task | None = None) -> Call:
+    async def repeat(self, payload: bytes, error: RpcError, *, sent: bool = True) -> Any:
+        """Make a call that failed again, as often as it may be; return the result.
+
+        Args:
+            payload: its arguments.
+            error: how it failed.
+            sent: it had been given to a connection.
+        """
+        attempts = Attempts(
+            self.connections, self.options, idempotent=self.method.idempotent, sent=sent
+        )
+        while True:
+            await attempts.pause(error)
+            try:
+                call = self.begin(payload)
+                attempts.begun()
+                return await self.result(call)
+            except RpcError as again:
+                error = again
+
+    def begin(self, payload: bytes, task: Task | None = None, calls: Calls | None = None) -> Call:
         """Send a call, which `task` is going to wait for, or somebody in another step.
 
+        Args:
+            payload: its arguments.
+            task: who will wait.
+            calls: of the connection that it is made on, None for any.
+
         Raises:
-            ConnectionLost: the connection has ended or takes no more calls.
-            RpcError: INVALID_ARGUMENT, the call can't be sent.
+            ConnectionLost: there is no connection that takes calls.
+            RpcError: INVALID_ARGUMENT, the call can't be sent; or calls to the server fail.
         """
         options, connections = self.options, self.connections
-        calls = connections.only or connections.choose(len(payload), options.lane)
+        calls = calls or connections.only or connections.choose(len(payload), options.lane)
         call = Call(calls, self.method.name, payload, lane=options.lane, metadata=options.metadata)
         if len(payload) > HEAVY:
             call.weight = len(payload)
@@ -94,6 +127,67 @@ class UnaryMethod(StubMethod):
         return self.method.decode_result(call.result)
 
 
+class HedgedMethod(UnaryMethod):
+    """A unary method whose calls are made once more if their replies don't come in time."""
+
+    __slots__ = ()
+
+    async def _call(self, payload: bytes) -> Any:
+        hedge = self.options.hedge
+        assert hedge is not None
+        try:
+            begun = [self.begin(payload)]
+        except RpcError as error:
+            return await self.repeat(payload, error, sent=False)
+        waiting, copies = [*begun], hedge.attempts - 1
+        try:
+            while True:
+                call = await _first_done(waiting, hedge.delay if copies else math.inf)
+                if call is None:
+                    copy = self._begin_copy(payload, begun[-1].calls)
+                    copies = copies - 1 if copy else 0
+                    waiting += copy
+                    begun += copy
+                    continue
+                waiting.remove(call)
+                failure = call.failure
+                if failure is None:
+                    return await self.result(call)
+                if not isinstance(failure, RpcError):
+                    raise failure
+                if not waiting or not may_fare_better(failure, idempotent=True):
+                    break
+        finally:
+            for call in begun:
+                call.on_done = None
+                call.calls.abandon(call)
+        return await self.repeat(payload, failure)
+
+    def _begin_copy(self, payload: bytes, besides: Calls) -> list[Call]:
+        """Send a copy, on another connection if there is one; return it if that could be done."""
+        connections, options = self.connections, self.options
+        if not connections.may_retry(options.retry or Retry()):
+            return []
+        try:
+            copy = self.begin(payload, None, connections.apart(besides, options.lane))
+        except RpcError:
+            return []
+        connections.hedged += 1
+        return [copy]
+
+
+async def _first_done(calls: Sequence[Call], seconds: float) -> Call | None:
+    """Wait for one of some calls; return None if none is done in time."""
+    done = trio.Event()
+    for call in calls:
+        call.on_done = done.set
+        if call.done:
+            done.set()
+    with trio.move_on_after(seconds):
+        await done.wait()
+    return next((call for call in calls if call.done), None)
+
+
 def unary_method(method: object, place: str) -> UnaryMethod:
     """Return `method` as what it is at run time, a stub's method.
 
@@ -107,11 +201,12 @@ def unary_method(method: object, place: str) -> UnaryMethod:
     return method
 
 
-def make_stub(service: type[S], connections: Connections, options: Options) -> S:
+def make_stub(service: type[S], connections: Endpoints, options: Options) -> S:
     """Return a stub of a service that calls over some of `connections`.
 
     Raises:
         TypeError: an annotation of the service can't be resolved.
+        ValueError: there is nothing to hedge.
     """
     kind: Any = service
     if inspect.isabstract(service):
@@ -120,8 +215,18 @@ def make_stub(service: type[S], connections: Connections, options: Options) -> S
         kind.__abstractmethods__ = frozenset()
     # Not by calling the class: its constructor is the server's business.
     stub: S = object.__new__(kind)
-    for attribute, method in methods_of(service).items():
+    methods = methods_of(service)
+    hedged = {
+        attribute
+        for attribute, method in methods.items()
+        if options.hedge and method.idempotent and method.cardinality is Cardinality.UNARY_UNARY
+    }
+    if options.hedge and not hedged:
+        raise ValueError(f"{service.__name__} has no unary method that is idempotent: no hedging")
+    for attribute, method in methods.items():
         unary = method.cardinality is Cardinality.UNARY_UNARY
         kind_of_method = UnaryMethod if unary else StubMethod
+        if attribute in hedged:
+            kind_of_method = HedgedMethod
         object.__setattr__(stub, attribute, kind_of_method(connections, method, options))
     return stub

@@ -11,10 +11,12 @@ from typing import Literal
 
 import trio
 
-from druvarpc.client import Client, connect_by
-from druvarpc.compression import Compression
+from druvarpc.client import Client, connect_to
+from druvarpc.compression import Compression, algorithms_for
+from druvarpc.dialing import Target, Terms
 from druvarpc.links import Clock, Connection, End, Pipe, Wire
 from druvarpc.protocol import Clubbing, Limits
+from druvarpc.resilience import Breaker, Retry
 from druvarpc.server import Server
 from druvarpc.service import Service
 from druvarpc.session import quiet_nursery
@@ -159,12 +161,17 @@ async def connected(
     limits: Limits = Limits(),
     server_limits: Limits = Limits(),
     link: Link | None = None,
+    reconnect: bool = True,
+    wait_for_ready: bool = False,
+    retry: Retry | None = Retry(),
+    breaker: Breaker | None = None,
     timings: Timings = False,
     compression: Compression | None = None,
 ) -> AsyncGenerator[Client, None]:
     """Yield a client of a server that offers `services`, both in this process.
 
-    Everything but the socket is real: two protocol cores, their bytes, handlers and tasks.
+    Everything but the socket is real: two protocol cores, their bytes, handlers and tasks. A
+    connection that `Link.cut` has broken is opened again, as to a server that is still there.
 
     Args:
         services: what the server offers.
@@ -173,6 +180,10 @@ async def connected(
         limits: what the client accepts from the server.
         server_limits: what the server accepts from the client.
         link: what lies between the two, the client at its near end; None for nothing.
+        reconnect: see `connect`, as for the next three.
+        wait_for_ready: how calls wait.
+        retry: which calls are made again.
+        breaker: when calls aren't made.
         timings: find out where the time of every call goes; see `Client.stub`.
         compression: how both compress what calls carry; see `connect`.
     """
@@ -184,14 +195,19 @@ async def connected(
             nursery.start_soon(server.serve_transport, far)
             return near
 
-        async with connect_by(
-            dial,
-            "memory",
-            connections=connections,
-            clubbing=clubbing,
-            limits=limits,
+        async with connect_to(
+            [Target("memory", dial)],
+            Terms(
+                connections,
+                clubbing,
+                limits,
+                reconnect=reconnect,
+                compression=algorithms_for(compression),
+            ),
+            wait_for_ready=wait_for_ready,
+            retry=retry,
+            breaker=breaker,
             timings=timings,
-            compression=compression,
         ) as client:
             yield client
         nursery.cancel_scope.cancel()

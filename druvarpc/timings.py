@@ -87,6 +87,12 @@ class TimesTotals:
         else:
             sums[:] = map(operator.add, sums, (*parts, 1))
 
+    def update(self, other: "TimesTotals") -> None:
+        """Add other sums."""
+        for method, sums in other._sums.items():
+            mine = self._sums.get(method)
+            self._sums[method] = [*sums] if mine is None else [*map(operator.add, mine, sums)]
+
     def by_method(self) -> dict[str, MethodTimes]:
         """Return the sums."""
         found: dict[str, MethodTimes] = {}

@@ -6,8 +6,8 @@ import zstandard
 
 from druvarpc.protocol.frames import Buffer
 
-# Beside it, level 3 took 1.2 to 1.8 times as long on JSON and saved nothing; on words it took up to
-# 1.5 times as long and saved up to a tenth more.
+# Level 3, on messages of 4 KiB to 1 MiB: 1.2 to 1.8 times the time; 1 to 8 % fewer bytes of source
+# code, and more of JSON.
 _LEVEL: Final = 1
 _MAGIC: Final = b"\x28\xb5\x2f\xfd"
 # RFC 8878, 3.1.1.1.2: what every decoder should support.

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -13,9 +15,10 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return BLOCK.findall((DOCS / page).read_text())
 
 
-def test_where_time_goes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["where-time-goes.md", "resilience.md"])
+def test_program(page: str, tmp_path: Path) -> None:
     """The program is the page's first block; its output is another block, as a whole."""
-    (kind, program), *others = blocks("where-time-goes.md")
+    (kind, program), *others = blocks(page)
     assert kind == "python"
     (tmp_path / "where.py").write_text(program)
     ran = subprocess.run(

@@ -141,7 +141,9 @@ class Outflow:
             self.window.grant(size)
             stalled = list(self.stalled)
         else:
-            self.open(stream).window.grant(size)
+            outgoing = self.open(stream)
+            outgoing.window.grant(size)
+            outgoing.granted = True
             stalled = [stream] if stream in self.stalled else []
         for one in stalled:
             del self.stalled[one]

@@ -88,6 +88,7 @@ class Outgoing:
         window: credit of the stream.
         queued: what the messages that wait take, in bytes; none is so small that it takes nothing.
         ending: nothing more will be queued; END goes out with or behind the last message.
+        granted: credit has come: the peer consumes what was sent.
         blocked: when credit ran out, or when that was last complained of, or None.
         waiting: in the lanes, or kept out of them by lack of credit.
         congested: the owner was told to wait.
@@ -101,6 +102,7 @@ class Outgoing:
         "blocked",
         "congested",
         "ending",
+        "granted",
         "left",
         "messages",
         "offset",
@@ -117,6 +119,7 @@ class Outgoing:
         self.offset = 0
         self.queued = 0
         self.ending = False
+        self.granted = False
         self.blocked: float | None = None
         self._unblocked = 0.0  # seconds of the waits for credit that are over
         self.waiting = False

@@ -29,12 +29,14 @@ class Access:
         server: The server's URL.
         token_file: Where the tenant's token is, if there is one.
         passphrase_file: Where the passphrase of its key is, if there is one.
+        tls_ca: Who may have signed the server's certificate; None for those the system trusts.
         cache: The directory for what is kept from one backup to the next; None for the usual one.
     """
 
     server: str
     token_file: Path | None = None
     passphrase_file: Path | None = None
+    tls_ca: Path | None = None
     cache: Path | None = None
 
     def token(self) -> str | None:
@@ -122,7 +124,8 @@ async def _until_signal(act: Callable[[], Awaitable[T]]) -> T:
 async def _connected(access: Access, act: Callable[[druvarpc.Client], Awaitable[T]]) -> T:
     async with AsyncExitStack() as stack:
         try:
-            client = await stack.enter_async_context(druvarpc.connect(access.server))
+            tls = druvarpc.TLS(authorities=access.tls_ca) if access.tls_ca else None
+            client = await stack.enter_async_context(druvarpc.connect(access.server, tls=tls))
         except ValueError as error:
             raise BadAddress(str(error)) from error
         except druvarpc.ConnectionLost as error:

@@ -14,26 +14,47 @@ takes longer than backing up a tree that has not changed.
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from .errors import BackupError, BadAddress, Interrupted, display
 
-F = TypeVar("F", bound=Callable[..., None])
+if TYPE_CHECKING:
+    from .access import Access
 
 # Of tasks that fail together, which one's status and line are told: a bug's before all.
 PRECEDENCE = (0, 130, 2, 1)
 
 
-def _server_options(command: F) -> F:
+def _with_access(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options that say where the server is, as one argument `access`."""
+
+    @wraps(command)
+    def wrapped(
+        server: str,
+        token_file: Path | None,
+        passphrase_file: Path | None,
+        tls_ca: Path | None,
+        cache: Path | None,
+        **others: object,
+    ) -> None:
+        from .access import Access
+
+        command(Access(server, token_file, passphrase_file, tls_ca, cache), **others)
+
     for option in (
         click.option(
             "--cache",
             type=click.Path(path_type=Path),
             help="Where to keep what is known of the last backup; by default in ~/.cache.",
+        ),
+        click.option(
+            "--tls-ca",
+            type=click.Path(path_type=Path),
+            help="A PEM file with who may have signed the server's certificate.",
         ),
         click.option(
             "--passphrase-file",
@@ -48,8 +69,8 @@ def _server_options(command: F) -> F:
         ),
         click.option("--server", metavar="URL", required=True, help="Where the server is."),
     ):
-        command = option(command)
-    return command
+        wrapped = option(wrapped)
+    return wrapped
 
 
 json_option = click.option(
@@ -143,9 +164,10 @@ def add(name: str, append_only: bool, file: Path) -> None:
 )
 @click.option("--encrypt", is_flag=True, help="Make the tenant's key, if there is none.")
 @click.option("--no-cache", is_flag=True, help="Read all files, whether they changed or not.")
-@_server_options
+@_with_access
 @json_option
 def backup(
+    access: "Access",
     path: bytes,
     name: str,
     exclude: tuple[str, ...],
@@ -153,17 +175,11 @@ def backup(
     compression: str,
     encrypt: bool,
     no_cache: bool,
-    server: str,
-    token_file: Path | None,
-    passphrase_file: Path | None,
-    cache: Path | None,
     as_json: bool,
 ) -> None:
     """Back up the directory PATH."""
     from . import commands
-    from .access import Access
 
-    access = Access(server, token_file, passphrase_file, cache)
     request = commands.BackupRequest(
         path, name, exclude, exclude_from, compression, encrypt, not no_cache
     )
@@ -181,9 +197,10 @@ def backup(
 )
 @click.option("--setuid", is_flag=True, help="Restore setuid, setgid, sticky, capabilities.")
 @click.option("--devices", is_flag=True, help="Restore device nodes.")
-@_server_options
+@_with_access
 @json_option
 def restore_command(
+    access: "Access",
     snapshot: str,
     dest: bytes,
     paths: tuple[bytes, ...],
@@ -191,10 +208,6 @@ def restore_command(
     owner: bool | None,
     setuid: bool,
     devices: bool,
-    server: str,
-    token_file: Path | None,
-    passphrase_file: Path | None,
-    cache: Path | None,
     as_json: bool,
 ) -> None:
     """Restore SNAPSHOT (an id, or a name for its newest) into the directory DEST.
@@ -202,107 +215,83 @@ def restore_command(
     Files that are there and equal are left alone; others that are in the way are replaced.
     """
     from . import commands
-    from .access import Access
 
-    access = Access(server, token_file, passphrase_file, cache)
     request = commands.RestoreRequest(snapshot, dest, paths, check_contents, owner, setuid, devices)
     if reported := commands.restore(access, request, as_json):
         fail(f"{reported} skipped, all else is restored")
 
 
 @cli.command()
-@_server_options
+@_with_access
 @json_option
 def snapshots(
-    server: str,
-    token_file: Path | None,
-    passphrase_file: Path | None,
-    cache: Path | None,
+    access: "Access",
     as_json: bool,
 ) -> None:
     """List the snapshots, the oldest first."""
     from . import listings
-    from .access import Access
 
-    listings.snapshots(Access(server, token_file, passphrase_file, cache), as_json)
+    listings.snapshots(access, as_json)
 
 
 @cli.command()
 @click.argument("snapshot")
 @click.option("--path", "paths", type=click.Path(path_type=bytes), multiple=True, help="Only this.")
-@_server_options
+@_with_access
 @json_option
 def ls(
+    access: "Access",
     snapshot: str,
     paths: tuple[bytes, ...],
-    server: str,
-    token_file: Path | None,
-    passphrase_file: Path | None,
-    cache: Path | None,
     as_json: bool,
 ) -> None:
     """List what is in SNAPSHOT."""
     from . import listings
-    from .access import Access
 
-    access = Access(server, token_file, passphrase_file, cache)
     listings.entries(access, snapshot, paths, as_json)
 
 
 @cli.command()
 @click.argument("before")
 @click.argument("after")
-@_server_options
+@_with_access
 @json_option
 def diff(
+    access: "Access",
     before: str,
     after: str,
-    server: str,
-    token_file: Path | None,
-    passphrase_file: Path | None,
-    cache: Path | None,
     as_json: bool,
 ) -> None:
     """Show what differs between the snapshots BEFORE and AFTER."""
     from . import listings
-    from .access import Access
 
-    access = Access(server, token_file, passphrase_file, cache)
     listings.differences(access, before, after, as_json)
 
 
 @cli.command()
-@_server_options
+@_with_access
 @json_option
 def stats(
-    server: str,
-    token_file: Path | None,
-    passphrase_file: Path | None,
-    cache: Path | None,
+    access: "Access",
     as_json: bool,
 ) -> None:
     """Show what is stored, and what it took."""
     from . import listings
-    from .access import Access
 
-    listings.usage(Access(server, token_file, passphrase_file, cache), as_json)
+    listings.usage(access, as_json)
 
 
 @cli.command()
-@_server_options
+@_with_access
 @json_option
 def verify(
-    server: str,
-    token_file: Path | None,
-    passphrase_file: Path | None,
-    cache: Path | None,
+    access: "Access",
     as_json: bool,
 ) -> None:
     """Read all that is stored, and report damage."""
     from . import upkeep
-    from .access import Access
 
-    if found := upkeep.verify(Access(server, token_file, passphrase_file, cache), as_json):
+    if found := upkeep.verify(access, as_json):
         fail(f"{found} damaged")
 
 
@@ -315,9 +304,10 @@ def verify(
 @click.option("--keep-yearly", type=click.IntRange(0), default=0, help="Keep one of each year.")
 @click.option("--name", default="", help="Apply the rule to the snapshots of this name only.")
 @click.option("--dry-run", is_flag=True, help="Say what the rule would forget, and forget nothing.")
-@_server_options
+@_with_access
 @json_option
 def forget(
+    access: "Access",
     snapshot: tuple[str, ...],
     keep_last: int,
     keep_daily: int,
@@ -326,17 +316,11 @@ def forget(
     keep_yearly: int,
     name: str,
     dry_run: bool,
-    server: str,
-    token_file: Path | None,
-    passphrase_file: Path | None,
-    cache: Path | None,
     as_json: bool,
 ) -> None:
     """Forget SNAPSHOTs (ids, or names for their newest), or those that a rule does not keep."""
     from . import upkeep
-    from .access import Access
 
-    access = Access(server, token_file, passphrase_file, cache)
     keep = (keep_last, keep_daily, keep_weekly, keep_monthly, keep_yearly)
     if any(keep) == bool(snapshot):
         raise click.UsageError("forget needs either snapshots or a rule: --keep-last, --keep-daily")
@@ -349,20 +333,16 @@ def forget(
 
 
 @cli.command()
-@_server_options
+@_with_access
 @json_option
 def gc(
-    server: str,
-    token_file: Path | None,
-    passphrase_file: Path | None,
-    cache: Path | None,
+    access: "Access",
     as_json: bool,
 ) -> None:
     """Remove what no snapshot needs any more."""
     from . import upkeep
-    from .access import Access
 
-    upkeep.collect(Access(server, token_file, passphrase_file, cache), as_json)
+    upkeep.collect(access, as_json)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+from .chunks import ID_SIZE, MAX_OVERHEAD
 from .errors import (
     BackupError,
     CatalogueError,
@@ -25,12 +26,15 @@ from .errors import (
 )
 from .interfaces import CatalogueStore
 from .leases import Lease, Leases
-from .pages import Page, decode, sums
+from .pages import LIMIT, Page, decode, sums
 from .snapshots import Snapshot
 from .tree import Entry, check_last, check_next
 
 # Pages of a base in memory at a time.
 PAGES = 64
+
+# The catalogue's numbers have 63 bits. It is more than a file system can hold.
+MAX_COUNT = 1 << 62
 
 
 class Draft:
@@ -97,13 +101,13 @@ class Draft:
             PageError: One is no page; or it is encrypted and ought not to be, or the reverse.
         """
         with self._discarding_on_error():
+            for page in pages:
+                self._check_form(page)
             if not self._sealed:
                 self._check(pages)
-            elif not all(page.sealed for page in pages):
-                raise PageError("a page that is not encrypted, where all have to be")
+            self._count(pages)
             self._keys += self._leases.add_pages(self._lease, pages)
             self._follows = -1
-            self._count(pages)
 
     def commit(self) -> Snapshot:
         """Makes the draft a snapshot, durable and visible to all.
@@ -133,6 +137,15 @@ class Draft:
             undo.callback(self.discard)
             yield
             undo.pop_all()
+
+    def _check_form(self, page: Page) -> None:
+        """Checks what can be told of any page, encrypted or not."""
+        if page.sealed and not self._sealed:
+            raise PageError("a page that is encrypted, where none may be")
+        if self._sealed and not page.sealed:
+            raise PageError("a page that is not encrypted, where all have to be")
+        if len(page.data) > LIMIT + MAX_OVERHEAD or len(page.chunks) % ID_SIZE:
+            raise PageError("a page of too many bytes, or with half a chunk's id")
 
     def _check(self, pages: Sequence[Page]) -> None:
         last = self._previous()
@@ -172,3 +185,5 @@ class Draft:
         for page in pages:
             counts = (page.entries, page.files, page.size, page.references)
             self._totals = [a + b for a, b in zip(self._totals, counts, strict=True)]
+            if min(counts) < 0 or page.files > page.entries or max(self._totals) >= MAX_COUNT:
+                raise PageError("a page that counts what cannot be")

@@ -39,7 +39,7 @@ from .errors import (
 from .pages import Page
 from .reports import Checked, Collected, Usage
 from .retention import Rule, Verdict
-from .service import MAX_FETCH, MAX_IDS, BackupStore, Piece
+from .service import MAX_FETCH, MAX_IDS, MAX_KEY, MAX_NAME, BackupStore, Piece
 from .snapshots import Snapshot
 from .store import Store
 from .tenancy import Tenancy
@@ -100,6 +100,8 @@ class StoreService(BackupStore):
     async def commit(
         self, name: str, base: str, pieces: AsyncIterator[list[Piece]]
     ) -> AsyncGenerator[Snapshot | None, None]:
+        if not 0 < len(name.encode("utf-8", "surrogatepass")) <= MAX_NAME:
+            raise RpcError(Status.INVALID_ARGUMENT, f"a name has 1 to {MAX_NAME} bytes")
         async with self._opened() as store:
             draft = await _in_thread(store.begin, name, base, limiter=self._puts)
             try:
@@ -144,6 +146,8 @@ class StoreService(BackupStore):
             return await _in_thread(store.key, limiter=self._reads)
 
     async def set_key(self, wrapped: bytes) -> None:
+        if not 0 < len(wrapped) <= MAX_KEY:
+            raise RpcError(Status.INVALID_ARGUMENT, f"a wrapped key has 1 to {MAX_KEY} bytes")
         async with self._opened() as store:
             await _in_thread(store.set_key, wrapped, limiter=self._puts)
 

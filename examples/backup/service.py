@@ -19,6 +19,10 @@ from .snapshots import Snapshot
 # Ids in one call. 4,096 of them are 139 KB, and take the catalogue some 20 ms.
 MAX_IDS = 4096
 
+# Bytes of a snapshot's name, and of a tenant's wrapped key.
+MAX_NAME = 255
+MAX_KEY = 4096
+
 # Encoded bytes that one `fetch` returns: a server's memory for a call. A chunk is at most a quarter
 # of it, and what a client should ask for an eighth: so many bytes are worth a call.
 MAX_FETCH = 4 * 1024 * 1024

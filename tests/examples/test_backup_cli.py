@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import trustme
 
 pytestmark = pytest.mark.once
 
@@ -53,8 +54,10 @@ def succeed(*arguments: object):
 
 
 @contextmanager
-def serving(store: Path, listen: str = "tcp://127.0.0.1:0") -> Iterator["Serving"]:
-    with start("serve", "--store", store, "--listen", listen) as process:
+def serving(
+    store: Path, listen: str = "tcp://127.0.0.1:0", *options: object
+) -> Iterator["Serving"]:
+    with start("serve", "--store", store, "--listen", listen, *options) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
@@ -247,6 +250,24 @@ def test_list_compare_and_look_after(tmp_path, source):
         assert succeed("gc", *here)["chunks"] > 0
         assert succeed("verify", *here)["ok"]
         assert succeed("restore", "mine", tmp_path / "restored", *here)["files"] == 18
+
+
+def test_over_tls(tmp_path, source):
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(
+        tmp_path / "server.pem"
+    )
+    listen = ("tls://127.0.0.1:0", "--tls-certificate", tmp_path / "server.pem")
+    with serving(tmp_path / "store", *listen) as server:
+        here = ("--server", server.url)
+        trusting = ("--tls-ca", tmp_path / "ca.pem")
+        succeed("backup", source, *here, *trusting, "--name", "mine")
+        succeed("restore", "mine", tmp_path / "restored", *here, *trusting)
+        strange = run("snapshots", *here)
+        assert (strange.status, len(strange.errors)) == (1, 1)
+        assert "certificate" in strange.stderr
+    assert same(tmp_path / "restored", source)
 
 
 def test_encrypted(tmp_path, source):

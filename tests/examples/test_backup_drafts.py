@@ -158,6 +158,9 @@ def test_entries_that_contradict_each_other_are_refused(store, contradiction, ap
         page_of(1)._replace(files=2),
         page_of(1)._replace(size=5),
         page_of(1)._replace(entries=0),
+        page_of(1)._replace(entries=1 << 70),
+        page_of(1)._replace(chunks=chunk(1).id[:-1]),
+        page_of(1)._replace(data=page_of(1).data + bytes(2 * pages.LIMIT)),
         page_of(1)._replace(chunks=chunk(1).id + chunk(2).id),
         page_of(1)._replace(data=b"\1nonsense"),
         page_of(1)._replace(data=b""),
@@ -170,6 +173,32 @@ def test_what_is_no_page_is_refused(store, page):
     with pytest.raises(PageError):
         draft.add([page])
     assert store.snapshots() == []
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        page_of(1),
+        Page(b"\2sealed", chunk(1).id, 1, 1, -1),
+        Page(b"\2sealed", chunk(1).id, 1, 2, 0),
+        Page(b"\2sealed", chunk(1).id, 1, 1, 1 << 63),
+        Page(b"\2sealed", chunk(1).id[1:], 1, 1, 1),
+        Page(b"\2" + bytes(2 * pages.LIMIT), b"", 1, 1, 1),
+    ],
+)
+def test_what_cannot_be_an_encrypted_page_is_refused(page):
+    with Store(Memory()) as store:
+        store.set_key(b"wrapped")
+        sealed = chunk(1)._replace(data=b"\4" + bytes(40))
+        store.put_many([sealed])
+        draft = store.begin("name")
+        draft.add([Page(b"\2sealed", chunk(1).id, 1, 1, 1 << 61)])
+        with pytest.raises(PageError):
+            draft.add([page])
+        draft = store.begin("name")
+        draft.add([Page(b"\2sealed", chunk(1).id, 1, 1, 1 << 61)])
+        with pytest.raises(PageError, match="counts what cannot be"):
+            draft.add([Page(b"\2sealed", chunk(1).id, 1, 1, 1 << 61)])
 
 
 def test_pages_of_the_base_are_taken_over(store):

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
+import pytest
 import trio
 
 from druvarpc import RpcError, Status
@@ -154,3 +155,18 @@ async def test_one_key_and_only_before_all_backups(tmp_path):
         assert await store.key() == b"wrapped"
         await refused(Status.ALREADY_EXISTS, lambda: store.set_key(b"another"))
         await refused(Status.INVALID_ARGUMENT, lambda: put(store, 1))
+
+
+@pytest.mark.parametrize("name", ["", "x" * 256, "\u00e4" * 128])
+async def test_a_name_has_a_size(name):
+    async with served() as store:
+        await put(store, 1)
+        await refused(Status.INVALID_ARGUMENT, lambda: commit(store, name, 1))
+        assert await store.snapshots() == []
+
+
+async def test_a_key_has_a_size():
+    async with served() as store:
+        for wrapped in (b"", bytes(5000)):
+            await refused(Status.INVALID_ARGUMENT, lambda key=wrapped: store.set_key(key))
+        assert await store.key() == b""

@@ -43,7 +43,9 @@ async def client_on(
     async def dial() -> Transport:
         return transport
 
-    async with connect_by(dial, "memory", limits=limits, timeout=timeout) as client:
+    async with connect_by(
+        dial, "memory", limits=limits, timeout=timeout, reconnect=False
+    ) as client:
         yield client
 
 
@@ -410,3 +412,19 @@ async def line_of(started: trio.Process) -> str:
             assert more, (await started.stderr.receive_some(65536)).decode()
             line += more
     return line.decode().strip()
+
+
+# --- cancelled at every point ---
+
+
+class CancelAt(trio.abc.Instrument):
+    """Cancels a scope before the n-th step that any task takes."""
+
+    def __init__(self, scope: trio.CancelScope, steps: int) -> None:
+        self._scope = scope
+        self._left = steps
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._scope.cancel()

@@ -6,9 +6,8 @@ On simulated links, by their own clock; at the end of the file over real sockets
 import gc
 import os
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import (
-    AbstractAsyncContextManager,
     AsyncExitStack,
     aclosing,
     asynccontextmanager,
@@ -23,9 +22,11 @@ from trio.testing import MockClock
 
 import druvarpc
 from druvarpc.client import Client, connect_by
-from druvarpc.connections import Connections
+from druvarpc.dialing import Target, Terms
+from druvarpc.endpoints import Endpoints
 from druvarpc.testing import Link, connected
 from druvarpc.transports import Transport, memory_transports
+from tests.io.networks import Network, Outcomes, refuse
 from tests.io.services import Chunk, ClosedGate, Gate, MemoryVault, Vault, served
 
 KB, MB = 1000, 1000 * 1000
@@ -33,77 +34,9 @@ BULK = druvarpc.Priority.BULK
 now = trio.current_time
 
 
-class Network:
-    """Where a client finds a server of its own at the end of each connection.
-
-    Attributes:
-        servers: one for each connection, in the order in which they were made.
-        ends: of each connection, the client's first.
-        dials: when the client tried to make one.
-        answer: what becomes of an attempt.
-    """
-
-    def __init__(self, nursery: trio.Nursery, *services: Any, link: Link | None = None) -> None:
-        self.servers: list[druvarpc.Server] = []
-        self.ends: list[tuple[Transport, Transport]] = []
-        self.dials: list[float] = []
-        self.answer: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
-        self._nursery = nursery
-        self._services = services
-        self._link = link
-
-    async def dial(self) -> Transport:
-        self.dials.append(now())
-        await self.answer()
-        near, far = self._link.connect() if self._link else memory_transports()
-        server = druvarpc.Server(self._services, druvarpc.Limits())
-        self.ends.append((near, far))
-        self.servers.append(server)
-        self._nursery.start_soon(server.serve_transport, far)
-        return near
-
-    def connect(self, number: Any, timeout: float = 10) -> AbstractAsyncContextManager[Client]:
-        return connect_by(self.dial, "network", connections=number, timeout=timeout)
-
-    def lose(self, index: int) -> None:
-        """End a connection at the server's end, without a word."""
-        self.ends[index][1].close()
-
-    @property
-    def calls(self) -> list[int]:
-        """Calls that each server has begun, in the order of connections."""
-        return [server.statistics().calls_started for server in self.servers]
-
-    @property
-    def active(self) -> list[int]:
-        return [server.statistics().calls_active for server in self.servers]
-
-
-async def refuse() -> None:
-    raise druvarpc.ConnectionLost("can't connect to network: refused", not_started=True)
-
-
 @pytest.fixture
 def network(nursery: trio.Nursery) -> Callable[..., Network]:
     return partial(Network, nursery)
-
-
-class Outcomes:
-    """What calls of other tasks came to."""
-
-    def __init__(self, nursery: trio.Nursery) -> None:
-        self.results: list[Any] = []
-        self.errors: list[druvarpc.RpcError] = []
-        self._nursery = nursery
-
-    def start(self, call: Callable[..., Awaitable[Any]], *args: Any) -> None:
-        self._nursery.start_soon(self._note, call, args)
-
-    async def _note(self, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:
-        try:
-            self.results.append(await call(*args))
-        except druvarpc.RpcError as error:
-            self.errors.append(error)
 
 
 async def read(items: AsyncGenerator[Any, None]) -> int:
@@ -220,16 +153,10 @@ async def test_calls_that_have_ended_weigh_nothing(autojump_clock, network):
     gate = ClosedGate()
     there = network(MemoryVault(), gate)
     async with trio.open_nursery() as background:
-        connections = Connections(
-            there.dial,
-            "network",
-            2,
-            background,
-            clubbing=druvarpc.Clubbing(),
-            limits=druvarpc.Limits(),
-            timeout=10,
+        connections = Endpoints(
+            [Target("network", there.dial)], Terms(2, reconnect=False), background
         )
-        await connections.start(now())
+        await connections.start(now(), wait=False)
         client = Client(connections)
         vault, closed = client.stub(Vault), client.stub(Gate)
         with trio.move_on_after(1):
@@ -378,10 +305,11 @@ async def test_a_connection_that_the_server_drains(autojump_clock, network, nurs
 
 @pytest.mark.parametrize("number", [1, 3, "auto"])
 async def test_when_all_are_lost_so_is_the_client(autojump_clock, nursery, number):
+    """If it isn't to reconnect."""
     gate = ClosedGate()
     link = Link(rtt=0.1)
     there = Network(nursery, MemoryVault(), gate, link=link)
-    async with there.connect(number) as client:
+    async with there.connect(number, reconnect=False) as client:
         stub = client.stub(Gate)
         outcomes = Outcomes(nursery)
         for _ in range(6):
@@ -423,7 +351,7 @@ async def test_when_all_are_lost_so_is_the_client(autojump_clock, nursery, numbe
 
 async def test_the_reason_is_that_of_the_last_one_lost(autojump_clock, network):
     there = network(MemoryVault())
-    async with there.connect(3) as client:
+    async with there.connect(3, reconnect=False) as client:
         there.answer = refuse
         there.lose(2)
         await trio.sleep(1)
@@ -907,7 +835,7 @@ async def test_a_client_that_lost_its_connections_while_dialing_is_lost(autojump
     async def slowly() -> None:
         await trio.sleep(2)
 
-    async with there.connect(2) as client:
+    async with there.connect(2, reconnect=False) as client:
         there.answer = slowly
         there.lose(0)
         await trio.sleep(1)

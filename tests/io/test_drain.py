@@ -22,7 +22,7 @@ async def test_accepted_calls_finish_and_later_ones_are_refused():
     results = []
     async with trio.open_nursery() as nursery:
         server = await nursery.start(druvarpc.serve, [workshop], TCP)
-        async with druvarpc.connect(server.addresses[0]) as client:
+        async with druvarpc.connect(server.addresses[0], reconnect=False) as client:
             work = client.stub(Work)
             ready, go_on = trio.Event(), trio.Event()
 
@@ -76,8 +76,8 @@ async def test_a_drain_without_calls_takes_no_time():
         nursery.cancel_scope.deadline = trio.current_time() + 1
         server = await nursery.start(druvarpc.serve, [Workshop()], TCP)
         async with (
-            druvarpc.connect(server.addresses[0]) as one,
-            druvarpc.connect(server.addresses[0]) as other,
+            druvarpc.connect(server.addresses[0], reconnect=False) as one,
+            druvarpc.connect(server.addresses[0], reconnect=False) as other,
         ):
             assert await one.stub(Work).echo(b"x") == b"x"
             await server.drain()
@@ -137,7 +137,7 @@ async def test_a_cancelled_drain_leaves_the_server_draining():
     workshop = Workshop()
     async with trio.open_nursery() as nursery:
         server = await nursery.start(druvarpc.serve, [workshop], TCP)
-        async with druvarpc.connect(server.addresses[0]) as client:
+        async with druvarpc.connect(server.addresses[0], reconnect=False) as client:
             nursery.start_soon(client.stub(Work).hold)
             await workshop.until(lambda: workshop.running == 1)
             with trio.move_on_after(0.01) as scope:

@@ -15,6 +15,7 @@ from druvarpc.testing import connected
 from tests.io.peers import (
     TCP,
     Calls,
+    CancelAt,
     RawPeer,
     Work,
     Workshop,
@@ -280,6 +281,7 @@ async def test_nothing_is_left_of_two_hundred_connections(kind, tmp_path):
     address = TCP if kind == "tcp" else f"unix://{tmp_path}/socket"
     workshop = Workshop()
     async with serving(workshop, address) as server:
+        await trio.testing.wait_all_tasks_blocked()  # all of the server's have begun
         files, living = open_files(), tasks()
         for number in range(200):
             with trio.move_on_after(math.inf) as scope:
@@ -316,19 +318,6 @@ async def test_nothing_is_left_of_attempts_to_connect():
 
 
 # --- cancelled at every point ---
-
-
-class CancelAt(trio.abc.Instrument):
-    """Cancels a scope before the n-th step that any task takes."""
-
-    def __init__(self, scope: trio.CancelScope, steps: int) -> None:
-        self._scope = scope
-        self._left = steps
-
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self._scope.cancel()
 
 
 async def some_of_everything(client: druvarpc.Client) -> None:

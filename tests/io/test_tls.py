@@ -330,7 +330,8 @@ async def test_the_name_of_a_server_can_be_another_than_that_of_the_address(ca):
         assert await answers(server.addresses[0], tls=ca.client(server_name="vault.example"))
 
 
-async def test_a_client_must_show_a_certificate_where_that_is_demanded(ca, tmp_path):
+async def test_a_client_must_show_a_certificate_where_that_is_demanded(ca, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG, "druvarpc")
     people = authority(tmp_path / "people")
     ann = people.certify("ann@example.com", to="ann")
     stranger = authority(tmp_path / "strangers").certify("ann@example.com", to="ann")
@@ -341,6 +342,9 @@ async def test_a_client_must_show_a_certificate_where_that_is_demanded(ca, tmp_p
         assert "certificate required" in await refused(address, tls=ca.client())
         message = await refused(address, tls=ca.client(certificate=stranger))
         assert "TLS: tlsv1 alert unknown ca" in message
+        refusals = [one.getMessage() for one in caplog.records]
+        assert "not admitted: TLS: peer did not return a certificate" in refusals[0]
+        assert "not admitted: TLS: certificate verify failed: unable to get" in refusals[1]
     asking = ca.server(client_authorities=people.file, require_client_certificate=False)
     async with serving(Workshop(), ADDRESS, tls=asking) as server:
         address = server.addresses[0]

@@ -79,10 +79,26 @@ async def a_window_knows_its_type(
     druvarpc.windowed(vault.put, [b""])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
+async def what_survives_has_types() -> None:
+    async with druvarpc.connect(
+        ["tcp://one:7420", "tcp://two:7420"],
+        balance=druvarpc.Balance.ROUND_ROBIN,
+        retry=druvarpc.Retry(attempts=2),
+        breaker=druvarpc.Breaker(failures=3),
+        outliers=None,
+        wait_for_ready=True,
+    ) as client:
+        vault = client.stub(Vault, retry=None, hedge=druvarpc.Hedge(0.05), wait_for_ready=False)
+        assert_type(await vault.missing([b""]), list[int])
+        assert_type(client.statistics().calls_retried, int)
+    druvarpc.connect("tcp://one:7420", retry=3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
 async def errors_and_calls_have_types(error: druvarpc.RpcError) -> None:
     assert_type(error.status, druvarpc.Status)
     assert_type(error.message, str)
     assert_type(error.not_started, bool)
+    assert_type(error.retry_after, float | None)
     assert_type(druvarpc.current_call(), druvarpc.CurrentCall)
     assert_type(druvarpc.current_call().deadline, float)
     assert_type(druvarpc.current_call().method, str)

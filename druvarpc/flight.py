@@ -1,0 +1,346 @@
+"""The calls of one window (`druvarpc.windowed`): those in flight, and those that wait to be taken.
+
+A window that isn't fixed is tuned by `druvarpc.protocol.concurrency`. All that a call costs for
+that is a token in a list, which is taken out when it is done; once in a round trip one is timed.
+
+A call that failed and may be made again (`druvarpc.retries`) is, when it is its turn, and with it
+those that failed as well. One that finds no connection is held, and no other starts before it.
+"""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, Final
+
+import trio
+
+from druvarpc.calls import Call
+from druvarpc.errors import RpcError
+from druvarpc.protocol.concurrency import LEAST, ConcurrencyLimit
+from druvarpc.retries import Attempts
+from druvarpc.stubs import UnaryMethod
+
+# With `window=None`: bytes of arguments and results that calls may take in this process at once. At
+# 1 Gbit/s and 80 ms 10 MB are on their way; twice that, as in calls, and some more. It isn't tuned:
+# what it bounds is memory, and how much of it is on its way the connection sees to.
+_MOST_BYTES: Final = 24 * 1024 * 1024
+# With `window=None`: as many again as may be in flight may wait to be taken. So a call that takes
+# long doesn't keep those behind it from starting, nor a consumer that does let them pile up.
+_SLOTS: Final = 2
+# Beyond what a server takes at once: calls that are ready to go when it takes more.
+_MARGIN: Final = 1 / 8
+# Calls that start before what they are is written: the server shall not wait for a whole window.
+PORTION: Final = 256
+
+_NO_KEYWORDS: Final[Mapping[str, Any]] = {}
+
+
+class Flight:
+    """The calls of one window.
+
+    Attributes:
+        calls: those whose results haven't been taken, and the bytes that each is charged for.
+        started: how many calls there have been.
+        error: why the source of arguments failed.
+        held: the arguments of a call that can't start, for lack of a connection, and why.
+    """
+
+    def __init__(self, stub: UnaryMethod, window: int | None, *, ordered: bool) -> None:
+        self.stub = stub
+        self.calls: dict[Call, int] = {}
+        self.started = 0
+        self.error: Exception | None = None
+        self.held: tuple[bytes, RpcError] | None = None
+        self._again: dict[Call, Attempts] = {}  # those made again
+        self._ordered = ordered
+        self._turns: deque[Call] = deque()  # whose results are taken next: all, or those done
+        self._changed = trio.lowlevel.ParkingLot()
+        self._waiting = 0
+        self._bytes = 0
+        self._tuned = window is None
+        self._tuner: ConcurrencyLimit | None = None  # made with the first call
+        self._timeless = True  # no call is being timed
+        # A token for each call that isn't done, if that is to be known. To take one out is all that
+        # most calls do when they are done, and no Python code runs for it.
+        self._undone: list[None] = []
+        self._pop = self._undone.pop
+        self._expected = 0  # bytes of a result
+        if window is None:
+            # Until the first call has told what its server takes.
+            self._most_undone, self._most_calls = 1, LEAST
+            self._most_bytes = _MOST_BYTES
+        else:
+            self._most_undone, self._most_calls, self._most_bytes = 1, window, sys.maxsize
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more call may start."""
+        return (
+            self.held is None
+            and len(self._undone) < self._most_undone
+            and len(self.calls) < self._most_calls
+            and self._bytes < self._most_bytes
+        )
+
+    @property
+    def ready(self) -> bool:
+        """Whether the result whose turn it is can be taken."""
+        turns = self._turns
+        return bool(turns) and turns[0].done
+
+    def fill(self, source: Iterator[Any]) -> bool:
+        """Start one call, and more until there is no room or a portion is full.
+
+        Returns:
+            whether there may be more arguments.
+        """
+        try:
+            self.add(next(source))
+            while self.started % PORTION and self.has_room:
+                self.add(next(source))
+        except StopIteration:
+            return False
+        except Exception as error:
+            # The source failed, or what it gave can't be sent: raised in its turn.
+            self.error = error
+            return False
+        return True
+
+    def add(self, argument: Any) -> None:
+        """Start the call for one more argument."""
+        payload, _ = self.stub.method.encode_call((argument,), _NO_KEYWORDS)
+        self._begin(payload)
+
+    def _begin(self, payload: bytes) -> None:
+        try:
+            call = self.stub.begin(payload)
+        except RpcError as error:
+            self.held = payload, error
+            if self._waiting:
+                self.wake()
+            return
+        size = len(payload)
+        if self._expected:
+            # At most so much that there is always room for `LEAST` results.
+            size += min(self._expected, _MOST_BYTES // LEAST)
+        self.calls[call] = size
+        self._bytes += size
+        self.started += 1
+        if self._ordered:
+            self._turns.append(call)
+        else:
+            call.on_done = partial(self._note, call)
+        if self._tuned:
+            self._undone.append(None)
+            if self._ordered:
+                call.on_done = self._pop
+            if self._timeless and len(self._undone) >= self._most_undone:
+                self._time(call)
+        if self._waiting:
+            self.wake()
+
+    async def resume(self) -> bool:
+        """Start the call that is held, when there is a connection; return whether there is."""
+        assert self.held is not None
+        payload, error = self.held
+        attempts = Attempts(
+            self.stub.connections, self.stub.options, idempotent=self.stub.method.idempotent
+        )
+        try:
+            while self.held is not None:
+                await attempts.pause(error)
+                self.held = None
+                self._begin(payload)
+                if self.held is not None:
+                    error = self.held[1]
+        except RpcError as last:
+            self.held, self.error = None, last
+            return False
+        self.wake()
+        return True
+
+    async def take(self) -> Any:
+        """Return the result that is `ready`, or make its call again and wait for that."""
+        call = self._turns.popleft()
+        if call.plain:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            result = self.stub.decode(call)
+        else:
+            call, result = await self._result(call)
+        if self._tuned and call.result is not None:
+            # An average of the latest that moves by an eighth.
+            self._expected += len(call.result) - self._expected >> 3
+        self._bytes -= self.calls.pop(call)
+        if self._again:
+            self._again.pop(call, None)
+        if self._waiting:
+            self.wake()
+        return result
+
+    # Calls that failed are made again.
+
+    async def _result(self, call: Call) -> tuple[Call, Any]:
+        """Return the result of the call whose turn it is, and the call that it is of in the end."""
+        while True:
+            try:
+                return call, await self.stub.result(call)
+            except RpcError as error:
+                failed = error
+            others = [one for one in self.calls if one is not call and one.done and one.failed]
+            call = await self._repeat(call, failed)
+            self._follow(others, failed.retry_after or 0.0)
+
+    async def _repeat(self, call: Call, error: RpcError) -> Call:
+        attempts = self._attempts_of(call)
+        while True:
+            await attempts.pause(error)
+            try:
+                return self._replace(call, attempts)
+            except RpcError as again:
+                error = again
+
+    def _follow(self, others: Iterable[Call], pause: float) -> None:
+        """Make others again that failed with the one whose turn it was.
+
+        In their own turn each would take a round trip by itself.
+        """
+        replaced: dict[Call, Call] = {}
+        for call in others:
+            error, attempts = call.failure, self._attempts_of(call)
+            if (
+                isinstance(error, RpcError)
+                and (error.retry_after or 0.0) <= pause
+                and attempts.follows(error)
+            ):
+                try:
+                    replaced[call] = again = self._replace(call, attempts)
+                except RpcError:
+                    break  # they wait for their turn
+                if not self._ordered:
+                    again.on_done = partial(self._note, again)
+                if self._tuned:
+                    self._undone.append(None)
+                    if self._ordered:
+                        again.on_done = self._pop
+        if self._ordered:
+            self._turns = deque(replaced.get(one, one) for one in self._turns)
+        else:
+            self._turns = deque(one for one in self._turns if one not in replaced)
+        self.wake()
+
+    def _attempts_of(self, call: Call) -> Attempts:
+        attempts = self._again.pop(call, None)
+        if attempts is None:
+            stub = self.stub
+            attempts = Attempts(
+                stub.connections, stub.options, idempotent=stub.method.idempotent, sent=True
+            )
+        return attempts
+
+    def _replace(self, call: Call, attempts: Attempts) -> Call:
+        """Begin a call that takes the place of another.
+
+        Raises:
+            RpcError: that can't be done now.
+        """
+        self._again[call] = attempts
+        assert call.payload is not None
+        again = self.stub.begin(call.payload)
+        attempts.begun()
+        self._again[again] = self._again.pop(call)
+        self.calls[again] = self.calls.pop(call)
+        return again
+
+    async def changed(self) -> None:
+        """Wait until there may be room, or a result to take."""
+        if self._ordered and self._turns:
+            first = self._turns[0]
+            if first.on_done is None or first.on_done is self._pop:
+                first.on_done = partial(self._first_done, first.on_done)
+        self._waiting += 1
+        try:
+            await self._changed.park()
+        finally:
+            self._waiting -= 1
+
+    def wake(self) -> None:
+        """Wake who waits for a change."""
+        self._changed.unpark_all()
+
+    def abandon(self) -> None:
+        """Abandon what is in flight."""
+        for call in self.calls:
+            call.on_done = None
+            call.calls.abandon(call)
+        self.calls.clear()
+
+    def _first_done(self, then: Callable[[], None] | None) -> None:
+        if then is not None:
+            then()
+        self.wake()
+
+    def _note(self, call: Call) -> None:
+        call.on_done = None
+        self._turns.append(call)
+        if self._tuned:
+            self._pop()
+        if self._waiting:
+            self.wake()
+
+    # Tuning.
+
+    def _time(self, call: Call) -> None:
+        """Take the time of this call: the first, or one that fills the window."""
+        then, now = call.on_done, trio.current_time()
+        assert then is not None
+        if self._tuner is None:
+            self._tuner = ConcurrencyLimit(_most(call, self.stub.connections.number))
+            self._set_most(self._tuner.limit)
+            call.on_done = partial(self._end_first, self._tuner, call, now, then)
+        else:
+            self._timeless = False
+            self._tuner.mark(now, len(self._undone), self.started - len(self._undone))
+            call.on_done = partial(self._end_round, self._tuner, call, then)
+
+    def _end_first(
+        self, tuner: ConcurrencyLimit, call: Call, began: float, then: Callable[[], None]
+    ) -> None:
+        call.on_done = None
+        then()
+        if call.failed:
+            self._tuner, self._most_undone = None, 1  # the next tells
+            self.wake()
+            return
+        tuner.first(trio.current_time() - began)
+        self._expect(call)
+        self.wake()
+
+    def _end_round(self, tuner: ConcurrencyLimit, call: Call, then: Callable[[], None]) -> None:
+        call.on_done = None
+        then()
+        self._timeless = True
+        if call.failed:
+            # It tells nothing of the path, and those that failed with it haven't been delivered:
+            # the round goes on.
+            self.wake()
+            return
+        self._expect(call)
+        ended = self.started - len(self._undone)
+        tuner.end(trio.current_time(), ended, _most(call, self.stub.connections.number))
+        self._set_most(tuner.limit)
+        # Also if it is another call's turn, which may take long: there is room for more.
+        self.wake()
+
+    def _expect(self, call: Call) -> None:
+        # At once, not by and by: before the first result is taken there may be room for many calls.
+        if not self._expected and call.result is not None:
+            self._expected = len(call.result)
+
+    def _set_most(self, limit: int) -> None:
+        self._most_undone, self._most_calls = limit, _SLOTS * limit
+
+
+def _most(call: Call, connections: int) -> int:
+    """Return how many calls are of use at most to the server that `call` is made to."""
+    return int(connections * call.calls.session.core.peer.max_calls * (1 + _MARGIN))

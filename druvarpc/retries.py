@@ -1,0 +1,126 @@
+"""Calls that are made again: whether, and after what pause.
+
+Every cardinality asks `Attempts.pause` when an attempt has failed, and makes another if that
+returns. What was never in a server's hands moves on for nothing: to the connection that is being
+opened, or to another server. What a server was given is another attempt, with a pause, out of the
+retry budget (`druvarpc.resilience`).
+"""
+
+import random
+from typing import Final
+
+import trio
+
+from druvarpc.calls import Options
+from druvarpc.endpoints import Endpoints
+from druvarpc.errors import CircuitOpen, ConnectionLost, RpcError, Status
+
+# Times that a call moves on for nothing: servers that drain one after the other, each as the call
+# comes, aren't met more often than that, and a server that refuses all is soon left alone.
+_MOVES: Final = 16
+
+
+class Attempts:
+    """The attempts of one call.
+
+    Args:
+        endpoints: where it is made.
+        options: those of its stub.
+        idempotent: it may be made again though it may have been begun.
+        sent: the first attempt has been given to a connection.
+    """
+
+    __slots__ = (
+        "_endpoints",
+        "_failed",
+        "_idempotent",
+        "_moved",
+        "_retry",
+        "_sent",
+        "_wait",
+        "made",
+    )
+
+    def __init__(
+        self, endpoints: Endpoints, options: Options, *, idempotent: bool, sent: bool = False
+    ) -> None:
+        self._endpoints = endpoints
+        self._retry = options.retry
+        self._wait = options.wait
+        self._idempotent = idempotent
+        self._failed = 0
+        self._moved = 0
+        self._sent = sent  # once, at least
+        self.made = sent  # this attempt was
+
+    def begun(self, calls: int = 1) -> None:
+        """Note that an attempt has been given to a connection, or those of several calls."""
+        self._endpoints.retried += calls if self._sent else 0
+        self._sent = self.made = True
+
+    async def pause(self, error: RpcError, calls: int = 1) -> None:
+        """Wait until the next attempt is to begin.
+
+        Args:
+            error: how this one failed.
+            calls: how many are made again together.
+
+        Raises:
+            RpcError: `error`, or what keeps the next one from being made.
+        """
+        # Maybe what cancels this task has ended the connection a moment before. And who calls again
+        # and again what fails at once shall not keep others from running.
+        await trio.lowlevel.checkpoint()
+        made, self.made = self.made, False
+        if isinstance(error, CircuitOpen):
+            raise error
+        if isinstance(error, ConnectionLost) and error.not_started and self._may_move(made):
+            try:
+                await self._endpoints.ready(wait=self._wait)
+                return
+            except ConnectionLost as unready:
+                error = unready
+        await self._back_off(error, calls)
+
+    def follows(self, error: RpcError) -> bool:
+        """Whether another attempt may begin now, beside that of another call which has waited."""
+        made, self.made = self.made, False
+        if isinstance(error, ConnectionLost) and error.not_started and self._may_move(made):
+            return True
+        retry = self._retry
+        if retry is None or not may_fare_better(error, idempotent=self._idempotent):
+            return False
+        self._failed += 1
+        return self._failed < retry.attempts and self._endpoints.may_retry(retry)
+
+    def _may_move(self, made: bool) -> bool:
+        """Whether the call may go elsewhere at once: no server has begun it."""
+        if made and self._retry is None:
+            return False
+        self._moved += 1
+        return self._moved <= _MOVES
+
+    async def _back_off(self, error: RpcError, calls: int) -> None:
+        retry = self._retry
+        if retry is None or not may_fare_better(error, idempotent=self._idempotent):
+            raise error
+        if self._endpoints.over:
+            raise error
+        self._failed += 1
+        pause = retry.pause(self._failed, random.random(), error.retry_after)
+        if pause is None:
+            raise error
+        if trio.current_time() + pause >= trio.current_effective_deadline():
+            raise error
+        if not self._endpoints.may_retry(retry, calls):
+            raise error
+        await trio.sleep(pause)
+
+
+def may_fare_better(error: RpcError, *, idempotent: bool) -> bool:
+    """Whether a call that failed so may be made again, and could fare better."""
+    if error.status is Status.UNAVAILABLE:
+        return error.not_started or idempotent
+    if error.status is Status.RESOURCE_EXHAUSTED:
+        return error.not_started or (idempotent and error.retry_after is not None)
+    return False
