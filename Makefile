@@ -8,7 +8,7 @@ export PYTHON
 # The version of pyright is pinned in constraints.txt: no hint that a newer one is out.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
-.PHONY: help demo test lint bench bench-wan docs clean
+.PHONY: help demo test lint bench bench-wan bench-backup docs clean
 # Two targets at once would install into one environment at the same time.
 .NOTPARALLEL:
 
@@ -39,6 +39,10 @@ bench:  ## measure against the peers
 bench-wan: ## measure over long links, beside bare TCP and gRPC; needs root
 	@.ci/venv .venv bench,examples
 	@$(BIN)/python -m benchmarks.wan --install
+
+bench-backup: ## measure the reference backup beside restic and borg; needs root
+	@.ci/venv .venv bench,examples
+	@$(BIN)/python -m benchmarks.backup --install
 
 docs:   ## build docs/_build/index.html; a warning is an error
 	@.ci/venv .venv docs

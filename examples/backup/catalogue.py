@@ -1,197 +1,349 @@
-"""The catalogue: where each chunk is, in SQLite, and the connections that snapshots use as well.
+"""The catalogue in SQLite: where each chunk is, the pages of entries, the snapshots made of them.
 
-What a transaction here has committed is durable, and may name nothing that is not: packs are synced
-first.
+What a transaction here has committed names nothing that is not durable: packs are synced first. It
+is durable itself, but for `add`, which is with the next of the others. `interfaces.CatalogueStore`
+says what each method promises, `database` how the file is kept.
 
-There are two connections, each behind a lock, so any thread may call anything. In WAL mode neither
-waits for the other: questions are answered while a commit waits for the disk, and see whatever was
-committed before they were asked. No transaction spans calls.
+Pages are shared: a snapshot names the pages that it took over from its base, so an unchanged tree
+costs a few integers. Pages and snapshots have a digest of their own, so that damage is found where
+it is read, whatever SQLite makes of it.
 """
 
-import sqlite3
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+import msgspec
+from blake3 import blake3
+
 from .chunks import Chunk
-from .errors import CatalogueError, UnknownChunks
-from .packs import Location
-
-VERSION = 1
-SCHEMA = (
-    """
-    CREATE TABLE chunks (
-        id BLOB PRIMARY KEY,
-        pack INTEGER NOT NULL,
-        offset INTEGER NOT NULL,
-        length INTEGER NOT NULL,
-        size INTEGER NOT NULL
-    ) WITHOUT ROWID
-    """,
-    """
-    CREATE TABLE snapshots (
-        number INTEGER PRIMARY KEY,
-        id TEXT NOT NULL UNIQUE,
-        name TEXT NOT NULL,
-        created_ns INTEGER NOT NULL DEFAULT 0,
-        entries INTEGER NOT NULL DEFAULT 0,
-        files INTEGER NOT NULL DEFAULT 0,
-        size INTEGER NOT NULL DEFAULT 0,
-        chunks INTEGER NOT NULL DEFAULT 0,
-        pages INTEGER NOT NULL DEFAULT 0,
-        complete INTEGER NOT NULL DEFAULT 0
-    )
-    """,
-    "CREATE INDEX snapshots_by_name ON snapshots (name, created_ns)",
-    # Many entries a row: a row for each would cost more than the entries.
-    """
-    CREATE TABLE pages (
-        snapshot INTEGER NOT NULL REFERENCES snapshots ON DELETE CASCADE,
-        page INTEGER NOT NULL,
-        digest BLOB NOT NULL,
-        entries BLOB NOT NULL,
-        PRIMARY KEY (snapshot, page)
-    )
-    """,
-)
-
-# Nobody else has the database open, apart from a person looking at it.
-BUSY_TIMEOUT = 10.0
+from .database import Database
+from .errors import CatalogueError, KeyExists, UnknownChunks, UnknownSnapshot
+from .files import FILES, Files
+from .interfaces import Location, PackUse, Stored
+from .pages import Page
+from .schema import SCHEMA, VERSION
+from .snapshots import Snapshot
 
 # Ids in one question. SQLite takes 999 parameters in its older builds; more was no faster here.
 BATCH = 500
 
+_STORED = "id, pack, offset, length, size, condemned"
+_SNAPSHOT = "id, name, created_ns, entries, files, size, chunks"
+_USE = (
+    "UPDATE packs SET used = used + ?, chunks = chunks + ?, content = content + ? WHERE number = ?"
+)
+_PAGE = "number, digest, data, chunks, entries, files, size"
+
 
 class Catalogue:
-    """The database of a store.
+    """A catalogue in a SQLite file.
 
     Args:
-        path: Its file, made if it does not exist.
+        path: The file, made if it does not exist.
+        files: What reads and writes its checksums.
 
     Raises:
         CatalogueError: It cannot be opened, is no catalogue, or one of another version.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._write_lock = threading.Lock()
-        self._read_lock = threading.Lock()
-        with ExitStack() as undo:
-            with _translated():
-                self._write = undo.enter_context(closing(_connect(path)))
-                self._read = undo.enter_context(closing(_connect(path)))
-                for db in (self._write, self._read):
-                    _configure(db)
+    def __init__(self, path: Path, files: Files = FILES) -> None:
+        self._database = Database(path, files)
+        try:
             self._create()
-            undo.pop_all()
+        except BaseException:
+            self._database.close()
+            raise
 
-    @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: durable when the block has ended, undone if it raises."""
-        with self._write_lock, _translated():
-            self._write.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._write
-                self._write.execute("COMMIT")
-            finally:
-                if self._write.in_transaction:
-                    self._write.execute("ROLLBACK")
-
-    @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection to ask questions; cursors are not to outlive the block."""
-        with self._read_lock, _translated():
-            yield self._read
-
-    def missing(self, ids: Sequence[bytes]) -> list[int]:
-        """Returns the positions, in ascending order, of those ids that are not in the catalogue."""
-        known = set()
+    def find(self, ids: Sequence[bytes]) -> dict[bytes, Stored]:
+        found: dict[bytes, Stored] = {}
         for batch in _batches(ids):
-            with self.reading() as db:
-                known.update(db.execute(_select("id", len(batch)), batch).fetchall())
-        return [position for position, id in enumerate(ids) if (id,) not in known]
-
-    def sizes(self, ids: Sequence[bytes]) -> dict[bytes, int]:
-        """Returns the content sizes of those chunks that are in the catalogue."""
-        sizes: dict[bytes, int] = {}
-        for batch in _batches(ids):
-            with self.reading() as db:
-                sizes.update(db.execute(_select("id, size", len(batch)), batch).fetchall())
-        return sizes
-
-    def locate(self, ids: Sequence[bytes]) -> list[Location]:
-        """Returns where these chunks are.
-
-        Raises:
-            UnknownChunks: Some are not in the catalogue.
-        """
-        found: dict[bytes, Location] = {}
-        for batch in _batches(ids):
-            with self.reading() as db:
-                rows: list[tuple[bytes, int, int, int]] = db.execute(
-                    _select("id, pack, offset, length", len(batch)), batch
+            with self._database.reading() as db:
+                rows = db.execute(
+                    f"SELECT {_STORED} FROM chunks WHERE id IN ({_marks(batch)})", batch
                 ).fetchall()
-            found.update((id, Location(*where)) for id, *where in rows)
-        if unknown := [id for id in ids if id not in found]:
-            raise UnknownChunks(unknown)
-        return [found[id] for id in ids]
+            found.update((row[0], _stored(row)) for row in rows)
+        return found
 
     def add(self, chunks: Iterable[tuple[Chunk, Location]]) -> None:
-        """Adds chunks and where they are, all or none. One that is known already stays as it is."""
-        rows = [
-            (chunk.id, where.pack, where.offset, where.length, chunk.size)
-            for chunk, where in chunks
-        ]
-        with self.writing() as db:
+        rows: dict[bytes, tuple[bytes, int, int, int, int]] = {}
+        ends: dict[int, int] = {}
+        for chunk, where in chunks:
+            row = (chunk.id, where.pack, where.offset, where.length, chunk.size)
+            rows.setdefault(chunk.id, row)
+            ends[where.pack] = max(ends.get(where.pack, 0), where.offset + where.length)
+        with self._database.writing(durable=False) as db:
+            for batch in _batches(list(rows)):
+                known = f"SELECT id FROM chunks WHERE id IN ({_marks(batch)})"
+                for (id,) in db.execute(known, batch).fetchall():
+                    del rows[id]
             db.executemany(
-                "INSERT INTO chunks VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING", rows
+                "INSERT INTO chunks (id, pack, offset, length, size) VALUES (?, ?, ?, ?, ?)",
+                rows.values(),
+            )
+            for pack, end in ends.items():
+                added = [row for row in rows.values() if row[1] == pack]
+                used, content = sum(row[3] for row in added), sum(row[4] for row in added)
+                db.execute("INSERT INTO packs (number) VALUES (?) ON CONFLICT DO NOTHING", (pack,))
+                db.execute("UPDATE packs SET ends = max(ends, ?) WHERE number = ?", (end, pack))
+                db.execute(_USE, (used, len(added), content, pack))
+
+    def chunks(self, after: bytes, limit: int) -> list[Stored]:
+        with self._database.reading() as db:
+            return [
+                _stored(row)
+                for row in db.execute(
+                    f"SELECT {_STORED} FROM chunks WHERE id > ? ORDER BY id LIMIT ?", (after, limit)
+                )
+            ]
+
+    def condemn(self, ids: Sequence[bytes], generation: int) -> None:
+        with self._database.writing() as db:
+            db.executemany(
+                "UPDATE chunks SET condemned = ? WHERE id = ? AND NOT condemned",
+                [(generation, id) for id in ids],
             )
 
+    def revive(self, ids: Sequence[bytes]) -> None:
+        with self._database.writing() as db:
+            db.executemany("UPDATE chunks SET condemned = 0 WHERE id = ?", [(id,) for id in ids])
+
+    def condemned(self) -> int:
+        with self._database.reading() as db:
+            count: int
+            (count,) = db.execute("SELECT count(*) FROM chunks WHERE condemned > 0").fetchone()
+        return count
+
+    def begin_pack(self, number: int) -> None:
+        with self._database.writing() as db:
+            db.execute("INSERT INTO packs (number) VALUES (?) ON CONFLICT DO NOTHING", (number,))
+            db.execute("INSERT OR REPLACE INTO facts VALUES ('last pack', ?)", (number,))
+
+    def last_pack(self) -> int:
+        return max(int(self._fact("last pack") or 0), *(use.number for use in self.packs()), 0)
+
+    def packs(self) -> list[PackUse]:
+        with self._database.reading() as db:
+            rows = db.execute(
+                "SELECT number, ends, used, chunks, content FROM packs ORDER BY number"
+            )
+            return [PackUse(*row) for row in rows]
+
+    def in_pack(self, number: int, offset: int, limit: int) -> list[Stored]:
+        with self._database.reading() as db:
+            rows = db.execute(
+                f"SELECT {_STORED} FROM chunks WHERE pack = ? AND offset >= ?"
+                " ORDER BY offset LIMIT ?",
+                (number, offset, limit),
+            )
+            return [_stored(row) for row in rows]
+
+    def sweep(self, number: int, generation: int) -> tuple[int, int]:
+        which = "FROM chunks WHERE pack = ? AND condemned > 0 AND condemned <= ?"
+        with self._database.writing() as db:
+            count: int
+            length: int
+            count, length, content = db.execute(
+                f"SELECT count(*), coalesce(sum(length), 0), coalesce(sum(size), 0) {which}",
+                (number, generation),
+            ).fetchone()
+            if count:
+                db.execute(f"DELETE {which}", (number, generation))
+                db.execute(_USE, (-length, -count, -content, number))
+        return count, length
+
+    def move(self, moves: Sequence[tuple[Stored, Location]]) -> None:
+        with self._database.writing() as db:
+            for stored, to in moves:
+                old = stored.where
+                moved = db.execute(
+                    "UPDATE chunks SET pack = ?, offset = ?, length = ?"
+                    " WHERE id = ? AND pack = ? AND offset = ?",
+                    (to.pack, to.offset, to.length, stored.id, old.pack, old.offset),
+                )
+                db.execute(
+                    "UPDATE packs SET ends = max(ends, ?) WHERE number = ?",
+                    (to.offset + to.length, to.pack),
+                )
+                if moved.rowcount:
+                    db.execute(_USE, (to.length, 1, stored.size, to.pack))
+                    db.execute(_USE, (-old.length, -1, -stored.size, old.pack))
+
+    def end_pack(self, number: int) -> None:
+        with self._database.writing() as db:
+            db.execute(
+                "DELETE FROM packs WHERE number = ?1"
+                " AND NOT EXISTS (SELECT 1 FROM chunks WHERE pack = ?1)",
+                (number,),
+            )
+
+    def add_pages(self, pages: Sequence[Page]) -> list[int]:
+        ids = list({id for page in pages for id in page.ids()})
+        numbers = []
+        with self._database.writing() as db:
+            known: dict[bytes, int] = {}
+            for batch in _batches(ids):
+                known.update(
+                    db.execute(
+                        f"SELECT id, condemned FROM chunks WHERE id IN ({_marks(batch)})", batch
+                    ).fetchall()
+                )
+            if unknown := [id for id in ids if id not in known]:
+                raise UnknownChunks(unknown)
+            condemned = [(id,) for id, generation in known.items() if generation]
+            db.executemany("UPDATE chunks SET condemned = 0 WHERE id = ?", condemned)
+            for page in pages:
+                added = db.execute(
+                    "INSERT INTO pages (digest, data, chunks, entries, files, size)"
+                    " VALUES (?, ?, ?, ?, ?, ?)",
+                    (page_digest(page), *page),
+                )
+                numbers.append(added.lastrowid or 0)
+        return numbers
+
+    def pages(self, keys: Sequence[int]) -> list[Page]:
+        found: dict[int, Page] = {}
+        for batch in _batches(keys):
+            with self._database.reading() as db:
+                rows = db.execute(
+                    f"SELECT {_PAGE} FROM pages WHERE number IN ({_marks(batch)})", batch
+                ).fetchall()
+            for number, digest, *columns in rows:
+                page = Page(*columns)
+                if page_digest(page) == digest:
+                    found[number] = page
+        if missing := [key for key in keys if key not in found]:
+            raise CatalogueError(f"page {missing[0]} of the catalogue is missing or damaged")
+        return [found[key] for key in keys]
+
+    def used_pages(self) -> set[int]:
+        with self._database.reading() as db:
+            return {page for (page,) in db.execute("SELECT DISTINCT page FROM contents")}
+
+    def unused_pages(self) -> set[int]:
+        with self._database.reading() as db:
+            rows = db.execute(
+                "SELECT number FROM pages"
+                " WHERE NOT EXISTS (SELECT 1 FROM contents WHERE page = pages.number)"
+            )
+            return {number for (number,) in rows}
+
+    def remove_pages(self, keys: Sequence[int]) -> None:
+        with self._database.writing() as db:
+            db.executemany("DELETE FROM pages WHERE number = ?", [(key,) for key in keys])
+
+    def commit(self, snapshot: Snapshot, pages: Sequence[int]) -> None:
+        with self._database.writing() as db:
+            row = _values(snapshot)
+            added = db.execute(
+                f"INSERT INTO snapshots (digest, {_SNAPSHOT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (snapshot_digest(snapshot, pages), *row),
+            )
+            db.executemany(
+                "INSERT INTO contents VALUES (?, ?, ?)",
+                [(added.lastrowid, position, page) for position, page in enumerate(pages)],
+            )
+
+    def snapshots(self) -> list[Snapshot]:
+        with self._database.reading() as db:
+            rows = db.execute(f"SELECT {_SNAPSHOT} FROM snapshots ORDER BY created_ns, number")
+            return [Snapshot(*row) for row in rows]
+
+    def contents(self, id: str) -> list[int]:
+        with self._database.reading() as db:
+            row = db.execute(
+                f"SELECT number, digest, {_SNAPSHOT} FROM snapshots WHERE id = ?", (id,)
+            ).fetchone()
+            if row is None:
+                raise UnknownSnapshot(f"no snapshot has the id {id}")
+            number, digest, *columns = row
+            rows = db.execute(
+                "SELECT page FROM contents WHERE snapshot = ? ORDER BY position", (number,)
+            ).fetchall()
+        pages = [page for (page,) in rows]
+        if snapshot_digest(Snapshot(*columns), pages) != digest:
+            raise CatalogueError(f"what the catalogue says of snapshot {id} is damaged")
+        return pages
+
+    def remove_snapshots(self, ids: Sequence[str]) -> None:
+        with self._database.writing() as db:
+            db.executemany("DELETE FROM snapshots WHERE id = ?", [(id,) for id in ids])
+
+    def generation(self) -> int:
+        return int(self._fact("generation") or 1)
+
+    def set_generation(self, generation: int) -> None:
+        with self._database.writing() as db:
+            db.execute("INSERT OR REPLACE INTO facts VALUES ('generation', ?)", (generation,))
+
+    def key(self) -> bytes:
+        return bytes(self._fact("key") or b"")
+
+    def set_key(self, wrapped: bytes) -> None:
+        with self._database.writing() as db:
+            if db.execute("SELECT 1 FROM facts WHERE name = 'key'").fetchone():
+                raise KeyExists("there is a key already")
+            if db.execute("SELECT 1 FROM chunks UNION ALL SELECT 1 FROM pages LIMIT 1").fetchone():
+                raise KeyExists("there are backups already, and they are not encrypted")
+            db.execute("INSERT INTO facts VALUES ('key', ?)", (wrapped,))
+
+    def check(self) -> list[str]:
+        return self._database.check()
+
     def close(self) -> None:
-        """Closes both connections, after what they are doing."""
-        with self._write_lock, self._read_lock:
-            self._read.close()
-            self._write.close()
+        self._database.close()
+
+    def _fact(self, name: str) -> int | bytes | None:
+        with self._database.reading() as db:
+            row: tuple[int | bytes] | None = db.execute(
+                "SELECT value FROM facts WHERE name = ?", (name,)
+            ).fetchone()
+        return row[0] if row else None
 
     def _create(self) -> None:
-        with self.writing() as db:
+        with self._database.writing() as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version == 0:
                 for statement in SCHEMA:
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {VERSION}")
             elif version != VERSION:
-                raise CatalogueError(f"the catalogue has version {version}, not {VERSION}")
+                raise CatalogueError(
+                    f"the store has format version {version}; this program reads {VERSION}"
+                )
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    # The locks take the place of sqlite3's own check of threads.
-    return sqlite3.connect(
-        path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+def page_digest(page: Page) -> bytes:
+    """Returns what tells whether a page is what was kept."""
+    sums = msgspec.msgpack.encode((len(page.data), page.entries, page.files, page.size))
+    return blake3(sums).update(page.data).update(page.chunks).digest()
+
+
+def snapshot_digest(snapshot: Snapshot, pages: Sequence[int]) -> bytes:
+    """Returns what tells whether a snapshot and its pages are what was committed."""
+    return blake3(msgspec.msgpack.encode((_values(snapshot), pages))).digest()
+
+
+def _values(snapshot: Snapshot) -> tuple[str, str, int, int, int, int, int]:
+    return (
+        snapshot.id,
+        snapshot.name,
+        snapshot.created_ns,
+        snapshot.entries,
+        snapshot.files,
+        snapshot.size,
+        snapshot.chunks,
     )
 
 
-def _configure(db: sqlite3.Connection) -> None:
-    (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
-    if mode != "wal":
-        raise CatalogueError(f"SQLite cannot use a write-ahead log here, only {mode}")
-    # NORMAL would not wait for the disk at the end of a transaction.
-    db.execute("PRAGMA synchronous = FULL")
-    db.execute("PRAGMA foreign_keys = ON")
+def _stored(row: tuple[bytes, int, int, int, int, int]) -> Stored:
+    id, pack, offset, length, size, condemned = row
+    return Stored(id, Location(pack, offset, length), size, condemned)
 
 
-def _batches(ids: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
-    for start in range(0, len(ids), BATCH):
-        yield ids[start : start + BATCH]
+def _batches(values: Sequence[object]) -> Iterator[Sequence[object]]:
+    for start in range(0, len(values), BATCH):
+        yield values[start : start + BATCH]
 
 
-def _select(columns: str, count: int) -> str:
-    return f"SELECT {columns} FROM chunks WHERE id IN ({', '.join('?' * count)})"
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise CatalogueError(f"the catalogue: {error}") from error
+def _marks(values: Sequence[object]) -> str:
+    return ", ".join("?" * len(values))

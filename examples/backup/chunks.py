@@ -2,22 +2,30 @@
 
 A cut depends on the bytes around it alone (FastCDC), so that an insertion changes the chunks it
 touches and no others. A chunk is named by the BLAKE3 hash of its content. It is stored and sent
-*encoded*: a tag byte, then the content, raw or as one zstd frame, whichever is smaller.
+*encoded*: a tag byte, then the content, raw or compressed, whichever is smaller. With a tenant's
+keys (see `crypt`) the hash is keyed, and all that is sealed behind another tag byte.
+
+Most of what is not worth compressing (images, archives, what is encrypted) shows it in a sample, at
+a fraction of the time: so a *probe* decides. `python -m benchmarks.backup.compression` tells what
+it saves and what it loses.
 
 Whoever reads a chunk knows its id and its size from elsewhere, and trusts neither the encoded bytes
 nor, if that comes from a server, the size.
 """
 
+import lzma
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 import zstandard
 from blake3 import blake3
 
-from .errors import ChunkError
+from .crypt import OVERHEAD, Box, Keys
+from .errors import BackupError, ChunkError, PageError
 
 with warnings.catch_warnings():
     # Without its extension pyfastcdc warns and goes on with pure Python, a hundred times slower.
@@ -53,6 +61,23 @@ ID_SIZE = 32
 
 RAW = b"\0"
 ZSTD = b"\1"
+ZLIB = b"\2"
+LZMA = b"\3"
+SEALED = b"\4"
+
+# An encoded chunk is at most so much longer than its content: the tags, and what sealing adds.
+MAX_OVERHEAD = 2 + OVERHEAD
+
+# The probe compresses this much of the beginning, the middle and the end, in bytes, at zstd's
+# fastest. Below PROBE_FROM, compressing costs about what the probe does.
+PROBE_SIZE = 2 * 1024
+PROBE_FROM = 16 * 1024
+PROBE_LEVEL = 1
+# What the sample has to shrink to: less than 3 % are not worth decompressing at every restore.
+PROBE_LIMIT = 3 * PROBE_SIZE * 97 // 100
+
+# What decompressing takes beside the output: a dictionary of LIMIT, and some tables.
+LZMA_MEMORY = 2 * 1024 * 1024
 
 
 class Chunk(NamedTuple):
@@ -111,53 +136,143 @@ def split(fd: int, size: int) -> Iterator[bytes | memoryview]:
         pending = pending[rest:]
 
 
+class Compression(NamedTuple):
+    """How chunks are compressed.
+
+    Attributes:
+        algorithm: "zstd", "zlib", "lzma" or "none".
+        level: Of zstd: 1 to 19. Of zlib and lzma: 0 to 9.
+        probe: Whether a sample decides first if compressing is worth it.
+    """
+
+    algorithm: str = "zstd"
+    level: int = 3
+    probe: bool = True
+
+
+AUTO = Compression()
+
+LEVELS = {"none": (0, 0, 0), "zstd": (1, 19, 3), "zlib": (0, 9, 6), "lzma": (0, 9, 6)}
+
+
+def compression_of(text: str) -> Compression:
+    """Returns what is meant by "auto", "none", or an algorithm's name with or without ":LEVEL".
+
+    "auto" is zstd at level 3 after a probe; the others compress everything.
+
+    Raises:
+        BackupError: It is none of these.
+    """
+    if text == "auto":
+        return AUTO
+    algorithm, _, level = text.partition(":")
+    if algorithm not in LEVELS:
+        raise BackupError(f"no compression {text}: auto, none, zstd:LEVEL, zlib:LEVEL, lzma:LEVEL")
+    lowest, highest, usual = LEVELS[algorithm]
+    if not level:
+        return Compression(algorithm, usual, probe=False)
+    if not level.isdecimal() or not lowest <= int(level) <= highest:
+        raise BackupError(f"no compression {text}: {algorithm} has levels {lowest} to {highest}")
+    return Compression(algorithm, int(level), probe=False)
+
+
 class Codec:
     """Encodes and decodes chunks, in any number of threads at a time.
 
     Args:
-        level: zstd's compression level.
+        compression: How to compress.
+        keys: A tenant's keys. With them ids are keyed, and all that is encoded is sealed; without,
+            sealed chunks cannot be decoded.
     """
 
-    def __init__(self, level: int = 3) -> None:
-        self._level = level
+    def __init__(self, compression: Compression | None = None, keys: Keys | None = None) -> None:
+        self._compression = compression or AUTO
+        self._box = keys.chunks if keys else None
+        self.id: Callable[[bytes | memoryview], bytes] = keys.id if keys else chunk_id
         # zstd's contexts serve one thread at a time, and are too expensive to make for each chunk.
         self._local = threading.local()
 
     def encode(self, id: bytes, content: bytes | memoryview) -> Chunk:
         """Returns the chunk with this id and content, compressed if that makes it smaller."""
-        compressor: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
-        if compressor is None:
-            compressor = zstandard.ZstdCompressor(level=self._level)
-            self._local.compressor = compressor
-        compressed = compressor.compress(content)
-        if len(compressed) < len(content):
-            return Chunk(id, len(content), ZSTD + compressed)
-        return Chunk(id, len(content), b"".join((RAW, content)))
+        data = self._compress(content) or b"".join((RAW, content))
+        if self._box:
+            data = SEALED + self._box.seal(data, id)
+        return Chunk(id, len(content), data)
 
     def decode(self, chunk: Chunk) -> bytes:
         """Returns the content of a chunk, after checking it against the chunk's id and size.
 
-        Allocates no more than the chunk's size, and never more than LIMIT.
+        Allocates no more than a little over the chunk's size, and never more than LIMIT.
 
         Raises:
-            ChunkError: It is not what it says.
+            ChunkError: It is not what it says, or sealed with other keys.
         """
         if not 0 < chunk.size <= LIMIT:
             raise ChunkError(f"chunk {chunk.id.hex()} has {chunk.size} bytes, {LIMIT} are allowed")
-        tag, payload = chunk.data[:1], memoryview(chunk.data)[1:]
-        if len(payload) > chunk.size:
+        if len(chunk.data) > chunk.size + MAX_OVERHEAD:
             raise ChunkError(f"chunk {chunk.id.hex()} is encoded in more bytes than it has")
+        data = memoryview(chunk.data)
+        if self._box:
+            data = self._opened(self._box, chunk)
+        tag, payload = bytes(data[:1]), data[1:]
         if tag == RAW and len(payload) == chunk.size:
             content = bytes(payload)
-        elif tag == ZSTD:
-            content = self._decompress(payload, chunk)
+        elif tag in _DECOMPRESS and len(payload) < chunk.size:
+            content = _DECOMPRESS[tag](self, payload, chunk)
+        elif tag == SEALED:
+            raise ChunkError(f"chunk {chunk.id.hex()} is encrypted")
         else:
             raise ChunkError(f"chunk {chunk.id.hex()} is not encoded as a chunk")
-        if chunk_id(content) != chunk.id:
+        if self.id(content) != chunk.id:
             raise ChunkError(f"chunk {chunk.id.hex()} has other content than its id says")
         return content
 
-    def _decompress(self, payload: memoryview, chunk: Chunk) -> bytes:
+    def is_compressible(self, content: bytes | memoryview) -> bool:
+        """Whether a sample of it shrinks: if not, the whole is not worth the time.
+
+        Contents too small for it to pay are all said to be.
+        """
+        size = len(content)
+        if size < PROBE_FROM:
+            return True
+        view = memoryview(content)
+        middle = (size - PROBE_SIZE) // 2
+        sample = b"".join(
+            (view[:PROBE_SIZE], view[middle : middle + PROBE_SIZE], view[-PROBE_SIZE:])
+        )
+        return len(self._compressor("probe", PROBE_LEVEL).compress(sample)) < PROBE_LIMIT
+
+    def _compress(self, content: bytes | memoryview) -> bytes | None:
+        """Returns the tag and the compressed content, or None if it is to be stored raw."""
+        algorithm, level, probe = self._compression
+        if algorithm == "none" or (probe and not self.is_compressible(content)):
+            return None
+        if algorithm == "zstd":
+            data = ZSTD + self._compressor("zstd", level).compress(content)
+        elif algorithm == "zlib":
+            data = ZLIB + zlib.compress(content, level)
+        else:
+            # A dictionary larger than any chunk would only cost whoever decompresses.
+            chain = [{"id": lzma.FILTER_LZMA2, "preset": level, "dict_size": LIMIT}]
+            data = LZMA + lzma.compress(content, filters=chain)
+        return data if len(data) <= len(content) else None
+
+    def _compressor(self, use: str, level: int) -> zstandard.ZstdCompressor:
+        found: zstandard.ZstdCompressor | None = getattr(self._local, use, None)
+        if found is None:
+            found = zstandard.ZstdCompressor(level=level)
+            setattr(self._local, use, found)
+        return found
+
+    def _opened(self, box: Box, chunk: Chunk) -> memoryview:
+        if chunk.data[:1] != SEALED:
+            raise ChunkError(f"chunk {chunk.id.hex()} is not encrypted")
+        try:
+            return memoryview(box.open(memoryview(chunk.data)[1:], chunk.id))
+        except PageError as error:
+            raise ChunkError(f"chunk {chunk.id.hex()} is {error}") from error
+
+    def _decompress_zstd(self, payload: memoryview, chunk: Chunk) -> bytes:
         decompressor: zstandard.ZstdDecompressor | None
         decompressor = getattr(self._local, "decompressor", None)
         if decompressor is None:
@@ -170,3 +285,33 @@ class Codec:
             return decompressor.decompress(payload, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise ChunkError(f"chunk {chunk.id.hex()} is damaged: {error}") from error
+
+    def _decompress_zlib(self, payload: memoryview, chunk: Chunk) -> bytes:
+        inflater = zlib.decompressobj()
+        try:
+            content = inflater.decompress(payload, chunk.size + 1)
+        except zlib.error as error:
+            raise ChunkError(f"chunk {chunk.id.hex()} is damaged: {error}") from error
+        return _whole(content, inflater.eof and not inflater.unused_data, chunk)
+
+    def _decompress_lzma(self, payload: memoryview, chunk: Chunk) -> bytes:
+        try:
+            # A stream may ask for 4 GB.
+            expander = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
+            content = expander.decompress(payload, chunk.size + 1)
+        except (lzma.LZMAError, EOFError) as error:
+            raise ChunkError(f"chunk {chunk.id.hex()} is damaged: {error}") from error
+        return _whole(content, expander.eof and not expander.unused_data, chunk)
+
+
+def _whole(content: bytes, complete: bool, chunk: Chunk) -> bytes:
+    if not complete or len(content) != chunk.size:
+        raise ChunkError(f"chunk {chunk.id.hex()} decompresses to another size")
+    return content
+
+
+_DECOMPRESS = {
+    ZSTD: Codec._decompress_zstd,
+    ZLIB: Codec._decompress_zlib,
+    LZMA: Codec._decompress_lzma,
+}

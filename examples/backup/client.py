@@ -1,34 +1,45 @@
 """A backup, as a pipeline from a tree to a snapshot.
 
     read (a thread) ─ batches ─┬─ ask which chunks are missing ─ compress (threads) ─ put ─┐
-                               └──────────────── entries, in order ◄──── acknowledged ─────┘
+                               └───────────────── pages, in order ◄──── acknowledged ──────┘
 
 All of it runs at once. A batch's chunks are asked for in one question, several of them on their
-way. Only what is missing is compressed and put, many puts on their way. Its entries follow once all
+way. Only what is missing is compressed and put, many puts on their way. Its pages follow once all
 its chunks are acknowledged, in one stream that the server commits when it ends: so the snapshot
-appears whole, or not at all.
+appears whole, or not at all. As long as that stream is open, the server removes nothing that the
+backup counts on; so nothing is asked before it is.
+
+What is known from the last backup is not read, and of pages that are as they were only the numbers
+are sent (see `cache`). If the server does not have the last snapshot any more, or the connection
+breaks, all begins anew: what the server acknowledged is there and is not sent again.
 
 Memory is bounded by the number of batches between their reading and their acknowledgement: the
 reader waits for a free one. Every stage hands on to the next one and waits until it was taken.
 """
 
 import os
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import trio
 
 import druvarpc
+from druvarpc import Status
 
-from .chunks import Chunk, Codec
-from .errors import BackupError
-from .reader import Batch, Reader
-from .service import BackupStore
+from .attempts import attempted, causes
+from .cache import LastSnapshot, NextCache
+from .chunks import AUTO, Chunk, Codec, Compression
+from .crypt import Keys, page_box
+from .errors import BackupError, CacheDamaged
+from .reader import Batch, Progress, Reader
+from .service import BackupStore, Piece
 from .snapshots import Snapshot
 from .stages import in_order
-from .tree import Entry, Skipped
+from .tree import Skipped
 
 # Batches in memory, of 8 MiB each. At a round trip of 80 ms, 64 MiB let an unchanged tree be read
 # at 800 MB/s, and 1 Gbit/s be filled with what compresses to a sixth.
@@ -40,13 +51,36 @@ PUT_SIZE = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
+class Options:
+    """How a backup is made.
+
+    Attributes:
+        cache: The file that says what is known from the last backup; None for none.
+        compression: How chunks are compressed.
+        keys: A tenant's keys, if it encrypts.
+        excluded: Told a path and whether it is a directory; says if it is left out.
+        attempts: How often it is tried if the connection breaks.
+        clock: Tells the time for the cache, in nanoseconds since 1970.
+    """
+
+    cache: Path | None = None
+    compression: Compression = AUTO
+    keys: Keys | None = None
+    excluded: Callable[[bytes, bool], bool] | None = None
+    attempts: int = 1
+    clock: Callable[[], int] = time.time_ns
+
+
+@dataclass(frozen=True, slots=True)
 class Backup:
     """What a backup did.
 
     Attributes:
         snapshot: What the server has now.
+        unchanged: Files that were not read, since they were as in the last backup.
         new_chunks: Chunks that the server did not have.
         new_bytes: Their content, in bytes.
+        stored_bytes: What they became, compressed.
         calls: Calls made.
         round_trips: Frames of calls sent: calls that start together share one. As many are on their
             way at a time, it was less often than this that anything waited for the network.
@@ -55,8 +89,10 @@ class Backup:
     """
 
     snapshot: Snapshot
+    unchanged: int
     new_chunks: int
     new_bytes: int
+    stored_bytes: int
     calls: int
     round_trips: int
     wire_bytes: int
@@ -85,7 +121,8 @@ async def back_up(
     client: druvarpc.Client,
     root: bytes,
     name: str,
-    on_skipped: Callable[[Skipped], None] = lambda _: None,
+    options: Options | None = None,
+    watch: Callable[[Progress | Skipped], None] = lambda _: None,
 ) -> Backup:
     """Backs up a directory.
 
@@ -96,20 +133,37 @@ async def back_up(
         client: Connected to a server with a `BackupStore`. The figures count all it ever did.
         root: The directory's path.
         name: What the snapshot will be called.
-        on_skipped: Told of what cannot be read. The rest goes on.
+        options: How to make it.
+        watch: Told of what cannot be read, while the rest goes on; and first, once for each
+            attempt, of an object that always says how far it is.
 
     Raises:
         OSError: The root is no directory, or cannot be read.
         BackupError: The server's answers make no sense.
         RpcError: The server refused, failed or went away.
     """
-    run = _Run(client, on_skipped)
-    snapshot = await run.run(root, name)
+    options = options or Options()
+    run = _Run(client, options, watch)
+
+    async def attempt() -> Snapshot:
+        nonlocal run
+        run = _Run(client, options, watch)
+        try:
+            return await run.run(root, name, use_cache=True)
+        except (BackupError, druvarpc.RpcError, BaseExceptionGroup) as error:
+            if not run.based or not all(map(_is_stale, causes(error))):
+                raise
+        run = _Run(client, options, watch)
+        return await run.run(root, name, use_cache=False)
+
+    snapshot = await attempted(attempt, options.attempts)
     did = client.statistics()
     return Backup(
         snapshot,
+        run.unchanged,
         run.new_chunks,
         run.new_bytes,
+        run.stored_bytes,
         calls=did.calls_started,
         round_trips=did.clubs_sent,
         wire_bytes=did.bytes_sent + did.bytes_received,
@@ -118,51 +172,106 @@ async def back_up(
 
 
 class _Run:
-    """One backup's stages, and what they count."""
+    """One attempt's stages, and what they count."""
 
-    def __init__(self, client: druvarpc.Client, on_skipped: Callable[[Skipped], None]) -> None:
+    def __init__(
+        self,
+        client: druvarpc.Client,
+        options: Options,
+        watch: Callable[[Progress | Skipped], None],
+    ) -> None:
         self._store = client.stub(BackupStore)
         # Questions and entries are small, and must not wait behind the chunks.
         self._bulk = client.stub(BackupStore, priority=druvarpc.Priority.BULK)
-        self._on_skipped = on_skipped
-        self._codec = Codec()
+        self._options = options
+        self._watch = watch
+        self._codec = Codec(options.compression, options.keys)
         self._free = trio.Semaphore(BATCHES)
+        self._begun = trio.Event()
+        self.based = False
+        self.unchanged = 0
         self.new_chunks = 0
         self.new_bytes = 0
+        self.stored_bytes = 0
         self.skipped = 0
 
-    async def run(self, root: bytes, name: str) -> Snapshot:
+    async def run(self, root: bytes, name: str, *, use_cache: bool) -> Snapshot:
+        cache, box = self._options.cache, page_box(self._options.keys)
+        with (
+            LastSnapshot(cache if use_cache else None, box) as last,
+            NextCache(cache, self._options.clock) as following,
+        ):
+            self.based = bool(last.snapshot)
+            snapshot = await self._stages(root, name, last, following)
+            following.keep(snapshot.id)
+            if following.error is not None:
+                reason = f"the cache cannot be written: {following.error.strerror}"
+                self._watch(Skipped(os.fsencode(cache or ""), reason))
+        return snapshot
+
+    async def _stages(
+        self, root: bytes, name: str, last: LastSnapshot, following: NextCache
+    ) -> Snapshot:
         # What is in the channels is bounded by the free batches, so they never need to be full.
         batches, to_commit = trio.open_memory_channel[_Sending](BATCHES)
         offers, to_ask = trio.open_memory_channel[_Sending](BATCHES)
         missing, to_encode = trio.open_memory_channel[_Put](0)
         encoded, to_put = trio.open_memory_channel[_Put](0)
+        options = self._options
+        reader = Reader(
+            root,
+            lambda batch: trio.from_thread.run(self._deliver, batch, batches, offers),
+            self._codec,
+            page_box(options.keys),
+            last,
+            following,
+            options.excluded,
+        )
+        self._watch(reader.progress)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._read, root, batches, offers)
+            nursery.start_soon(self._read, reader, batches, offers)
             nursery.start_soon(self._ask, to_ask, missing)
             workers = os.cpu_count() or 1
             nursery.start_soon(in_order, self._encode, to_encode, encoded, workers)
             nursery.start_soon(self._put, to_put)
-            return await self._store.commit(name, self._entries(to_commit))
+            snapshot = await self._commit(name, last.snapshot, self._pieces(to_commit))
+        self.unchanged = reader.progress.unchanged
+        return snapshot
 
     async def _read(
         self,
-        root: bytes,
+        reader: Reader,
         batches: trio.MemorySendChannel[_Sending],
         offers: trio.MemorySendChannel[_Sending],
     ) -> None:
-        async def deliver(batch: Batch) -> None:
-            await self._free.acquire()
-            sending = _Sending(batch)
-            await batches.send(sending)
-            if batch.contents:
-                await offers.send(sending)
-            else:
-                sending.acknowledged.set()
-
         async with batches, offers:
-            reader = Reader(root, lambda batch: trio.from_thread.run(deliver, batch))
             await trio.to_thread.run_sync(reader.run)
+
+    async def _deliver(
+        self,
+        batch: Batch,
+        batches: trio.MemorySendChannel[_Sending],
+        offers: trio.MemorySendChannel[_Sending],
+    ) -> None:
+        await self._free.acquire()
+        sending = _Sending(batch)
+        await batches.send(sending)
+        if batch.contents:
+            await offers.send(sending)
+        else:
+            sending.acknowledged.set()
+
+    async def _commit(
+        self, name: str, base: str, pieces: AsyncGenerator[list[Piece], None]
+    ) -> Snapshot:
+        made: Snapshot | None = None
+        async with aclosing(self._store.commit(name, base, pieces)) as answers:
+            async for answer in answers:
+                made = answer
+                self._begun.set()
+        if made is None:
+            raise BackupError("the server made no snapshot")
+        return made
 
     async def _ask(
         self,
@@ -172,6 +281,7 @@ class _Run:
         asked: deque[_Sending] = deque()
 
         async def questions() -> AsyncIterator[list[bytes]]:
+            await self._begun.wait()
             async for sending in source:
                 asked.append(sending)
                 yield list(sending.batch.contents)
@@ -200,6 +310,7 @@ class _Run:
         async def puts() -> AsyncIterator[list[Chunk]]:
             async for put in source:
                 sent.append(put.origin)
+                self.stored_bytes += sum(len(chunk.data) for chunk in put.chunks)
                 yield put.chunks
 
         async with aclosing(druvarpc.windowed(self._bulk.put, puts())) as receipts:
@@ -209,17 +320,37 @@ class _Run:
                 if not sending.unsent:
                     sending.acknowledged.set()
 
-    async def _entries(
+    async def _pieces(
         self, source: trio.MemoryReceiveChannel[_Sending]
-    ) -> AsyncGenerator[list[Entry], None]:
+    ) -> AsyncGenerator[list[Piece], None]:
+        copied: list[int] = []
         async for sending in source:
             await sending.acknowledged.wait()
             self._free.release()
             for skipped in sending.batch.skipped:
                 self.skipped += 1
-                self._on_skipped(skipped)
-            if sending.batch.entries:
-                yield sending.batch.entries
+                self._watch(skipped)
+            pieces = []
+            for page in sending.batch.pages:
+                if isinstance(page, int):
+                    if copied and page != copied[-1] + 1:
+                        pieces.append(Piece(copied[0], len(copied)))
+                        copied.clear()
+                    copied.append(page)
+                else:
+                    pieces.append(Piece(copied[0] if copied else 0, len(copied), page))
+                    copied.clear()
+            if pieces:
+                yield pieces
+        if copied:
+            yield [Piece(copied[0], len(copied))]
+
+
+def _is_stale(error: BaseException) -> bool:
+    """Whether what was thought to be there is not: somebody removed it, or the cache is damaged."""
+    if isinstance(error, druvarpc.RpcError):
+        return error.status is Status.FAILED_PRECONDITION
+    return isinstance(error, CacheDamaged)
 
 
 def _cut(sending: _Sending, positions: list[int]) -> Iterator[_Put]:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from . import tree
-from .cli import size
 from .errors import display
+from .progress import size
 from .tree import Entry, Kind, Skipped
 
 COMMAND = [sys.executable, "-m", "examples.backup"]
@@ -33,18 +33,19 @@ def main() -> None:
     library = Path(sysconfig.get_path("stdlib"))
     with tempfile.TemporaryDirectory(prefix="druvarpc-demo-") as name:
         place = Path(name)
-        before, after = place / "before", place / "after"
+        before, live = place / "before", place / "live"
         print(f"copying {library}, without site-packages")
         shutil.copytree(library, before, True, shutil.ignore_patterns("site-packages"))
-        shutil.copytree(before, after, True)
-        for line in change(after):
-            print(f"  changed in a copy: {line}")
+        shutil.copytree(before, live, True)
         with serving(place / "store") as url:
+            back_up = ("backup", str(live), "--name", "library", "--cache", str(place / "cache"))
             runs = {
-                "backup": run("backup", str(before), "--name", "library", "--server", url),
-                "again": run("backup", str(before), "--name", "library", "--server", url),
-                "changed": run("backup", str(after), "--name", "library", "--server", url),
+                "backup": run(*back_up, "--server", url),
+                "again": run(*back_up, "--server", url),
             }
+            for line in change(live):
+                print(f"  changed: {line}")
+            runs["changed"] = run(*back_up, "--server", url)
             for column, snapshot, target in (
                 ("restore", runs["again"]["snapshot"], "restored-before"),
                 ("restore 2", "library", "restored-after"),
@@ -54,13 +55,13 @@ def main() -> None:
         print(summary(runs))
         differences = [
             *compare(before, place / "restored-before"),
-            *compare(after, place / "restored-after"),
+            *compare(live, place / "restored-after"),
         ]
     for difference in differences[:20]:
         print(f"DIFFERS: {difference}")
     if differences:
         sys.exit(f"{len(differences)} differences")
-    print("Both restored trees are equal to their sources: contents, modes, times, links.")
+    print("Both restored trees are equal to their sources, in contents, attributes and links.")
 
 
 def change(root: Path) -> Iterator[str]:
@@ -121,12 +122,14 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         ("files", lambda run: f"{run['files']:,}"),
         ("source", lambda run: size(_bytes(run))),
         ("chunks", lambda run: f"{run['chunks']:,}" if "chunks" in run else ""),
+        ("unchanged", lambda run: f"{run['unchanged']:,}"),
         ("new chunks", lambda run: f"{run['new_chunks']:,}" if "chunks" in run else ""),
         ("new content", lambda run: size(run["new_bytes"]) if "chunks" in run else ""),
         ("on the wire", lambda run: size(run["wire_bytes"])),
         ("calls", lambda run: f"{run['calls']:,}"),
         ("frames of calls", lambda run: f"{run['round_trips']:,}"),
         ("seconds", lambda run: f"{run['seconds']:.2f}"),
+        ("CPU seconds", lambda run: f"{run['cpu_seconds']:.2f}"),
         ("rate", lambda run: size(round(_bytes(run) / run["seconds"])) + "/s"),
     ]
     lines = ["", "".join([f"{'':17}", *(f"{name:>12}" for name in runs)])]
@@ -165,10 +168,14 @@ def compare(left: Path, right: Path) -> Iterator[str]:
 
 
 def _described(root: Path) -> Iterator[tuple[bytes, tuple[Entry | Skipped, bytes]]]:
-    for found in tree.scan(os.fsencode(root)):
-        is_file = isinstance(found, Entry) and found.kind is Kind.FILE
-        path = os.path.join(os.fsencode(root), found.path)
-        yield found.path, (found, Path(os.fsdecode(path)).read_bytes() if is_file else b"")
+    place = os.fsencode(root)
+    for found in tree.scan(place):
+        if isinstance(found, Skipped):
+            yield found.path, (found, b"")
+            continue
+        entry = tree.describe(place, found)
+        path = Path(os.fsdecode(os.path.join(place, found.path)))
+        yield found.path, (entry, path.read_bytes() if entry.kind is Kind.FILE else b"")
 
 
 def _bytes(run: dict[str, Any]) -> int:

@@ -13,16 +13,52 @@ class BackupError(Exception):
     """The base of all errors of this package."""
 
 
+class BadAddress(BackupError):
+    """What was given as a server's URL is none."""
+
+
+class Interrupted(BackupError):
+    """A signal told the process to stop."""
+
+
 class ChunkError(BackupError):
     """A chunk is not what its id and its size say."""
+
+
+class PageError(BackupError):
+    """A page of a snapshot is damaged, or encrypted with another key."""
+
+
+class CacheDamaged(BackupError):
+    """What the client remembers of the last backup contradicts itself."""
+
+
+class KeyRefused(BackupError):
+    """There is no key, another one is there, or the passphrase is not the key's."""
 
 
 class PackError(BackupError):
     """A pack file does not hold what the catalogue says it does."""
 
 
+class PackMissing(PackError):
+    """A pack is not there. Chunks that it had may have been moved to another one."""
+
+
 class CatalogueError(BackupError):
     """The catalogue is damaged, or was made by a version of this program that is newer."""
+
+
+class KeyExists(BackupError):
+    """The tenant has a key already, or backups that are not encrypted."""
+
+
+class Busy(BackupError):
+    """Another call is doing the same."""
+
+
+class TenantsError(BackupError):
+    """The file of tenants cannot be used, or a tenant's name is none."""
 
 
 class StoreLocked(BackupError):
@@ -43,6 +79,10 @@ class UnknownChunks(BackupError):
     def __init__(self, ids: Sequence[bytes]) -> None:
         super().__init__(f"{len(ids)} chunks are not in the store, {ids[0].hex()} first")
         self.ids = ids
+
+
+class UnknownBase(BackupError):
+    """The snapshot that a new one is to be based on is not there."""
 
 
 class UnknownSnapshot(BackupError):

@@ -1,28 +1,27 @@
 """A restore's work in portions: what is written, and what has to be fetched for it.
 
 A *load* is a piece of the tree whose chunks are fetched by one call. The planner cuts a stream of
-entries into loads, the writer takes them in the same order and writes each file from its beginning
-to its end, so that one file is open at a time. What occurs again soon is fetched once: both count
-the same way which contents the writer still has.
+entries into loads; they may be fetched and written in any order, at any offsets, by several
+threads. What occurs again soon is fetched once: a load may *borrow* contents of earlier ones, which
+are kept for as long as the planner remembers them or a load has borrowed them.
 """
 
-import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
+from weakref import WeakSet
 
 from .chunks import LIMIT
-from .errors import BackupError, InvalidEntry
-from .target import Output, Target
-from .tree import Entry, Kind, check_last, check_next
+from .errors import InvalidEntry
+from .output import Output
+from .target import Target
+from .tree import HOLE, Entry
 
 # Content that is fetched by one call: see `service.MAX_FETCH`.
-FETCH_SIZE = 512 * 1024
+FETCH_SIZE = 1024 * 1024
 
-# Entries of one load: only directories, links and empty files come so many to a fetch.
+# Entries of one load: only empty files come so many to a fetch.
 LOAD_ENTRIES = 1000
 
 # Content that is kept, in bytes, to be written again where it occurs again nearby: in a tree of
@@ -32,174 +31,159 @@ KEPT = 32 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Some of the chunks of an entry, or an entry without any.
+    """Some of the chunks of a file's entry, or an empty file.
 
     Attributes:
         entry: The entry.
         start: The index of the first chunk.
         stop: The index after the last.
         offset: Where in the file the first chunk begins, in bytes.
+        spread: The file, if it is not all in this slice.
     """
 
     entry: Entry
     start: int
     stop: int
     offset: int
+    spread: "Spread | None" = None
 
 
-@dataclass
+class Spread:
+    """A file whose content is in several slices, which any threads write in any order.
+
+    Args:
+        entry: The file's first part.
+    """
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self._lock = threading.Lock()
+        self._output: Output | None = None
+        self._last: Entry | None = None
+        self._written = 0
+
+    def end(self, last: Entry) -> None:
+        """Takes the file's last part, before the last slice is written."""
+        self._last = last
+
+    def output(self, target: Target) -> Output:
+        """Returns the file, made by whoever comes first."""
+        with self._lock:
+            if self._output is None:
+                self._output = target.open(self.entry)
+            return self._output
+
+    def written(self, size: int) -> Entry | None:
+        """Counts what was written; finishes the file and returns its entry if that was all."""
+        with self._lock:
+            self._written += size
+            last = self._last
+            if last is None or self._output is None or self._written < last.size:
+                return None
+            self._output.finish(last)
+            return last
+
+    def close(self) -> None:
+        """Leaves the file as it is, if it is not finished."""
+        with self._lock:
+            if self._output is not None:
+                self._output.close()
+
+
+@dataclass(eq=False)
 class Load:
     """A piece of the tree, and what has to be fetched for it.
 
     Attributes:
-        slices: What is to be written, in order.
-        wanted: The ids and sizes of the chunks to be fetched. Others were in earlier loads.
-        forgotten: Chunks that are not used after this load.
+        slices: What is to be written.
+        wanted: The ids and sizes of the chunks to be fetched.
+        borrowed: Of the others, in which earlier load each is.
         size: The content to be fetched, in bytes.
         contents: What was fetched and checked, by ids.
     """
 
     slices: list[Slice] = field(default_factory=list)
     wanted: dict[bytes, int] = field(default_factory=dict)
-    forgotten: list[bytes] = field(default_factory=list)
+    borrowed: dict[bytes, "Load"] = field(default_factory=dict)
     size: int = 0
     contents: dict[bytes, bytes] = field(default_factory=dict)
 
+    def content(self, id: bytes) -> bytes:
+        """Returns the content of a chunk that is needed here."""
+        found = self.contents.get(id)
+        return self.borrowed[id].contents[id] if found is None else found
+
 
 class Planner:
-    """Cuts a stream of entries into loads, and remembers which chunks the writer will have."""
+    """Cuts a stream of files into loads, and remembers which chunks were fetched lately."""
 
     def __init__(self) -> None:
-        self._last: Entry | None = None
         self._load = Load()
-        self._kept: OrderedDict[bytes, int] = OrderedDict()
+        self._spread: Spread | None = None
+        self._spreads: WeakSet[Spread] = WeakSet()
+        self._kept: OrderedDict[bytes, tuple[int, Load]] = OrderedDict()
         self._kept_size = 0
 
     def add(self, entry: Entry) -> Iterator[Load]:
-        """Takes the next entry; yields the loads that it completes.
+        """Takes the next file, or part of one; yields the loads that it completes.
 
         Raises:
-            InvalidEntry: The server sends what is no tree.
+            InvalidEntry: A chunk is too large, or has another size than before.
         """
-        check_next(self._last, entry)
-        self._last = entry
-        if max(entry.sizes, default=0) > LIMIT:
-            raise InvalidEntry(entry.path, f"a chunk of more than {LIMIT} bytes")
+        if entry.offset == 0:
+            self._spread = None if entry.complete else self._new_spread(entry)
         start, begin = 0, entry.offset
         end = begin
         for index, (id, size) in enumerate(zip(entry.chunks, entry.sizes, strict=True)):
-            if self._load.size + size > FETCH_SIZE and self._load.size:
-                if index > start:
-                    self._load.slices.append(Slice(entry, start, index, begin))
-                yield self._next_load()
-                start, begin = index, end
-            self._want(entry, id, size)
+            if id != HOLE:
+                if size > LIMIT:
+                    raise InvalidEntry(entry.path, f"a chunk of more than {LIMIT} bytes")
+                if self._load.size + size > FETCH_SIZE and self._load.size:
+                    if index > start:
+                        self._spread = self._spread or self._new_spread(entry)
+                        self._slice(entry, start, index, begin)
+                    yield self._next_load()
+                    start, begin = index, end
+                self._want(entry, id, size)
             end += size
-        self._load.slices.append(Slice(entry, start, len(entry.chunks), begin))
+        if entry.complete and self._spread:
+            self._spread.end(entry)
+        self._slice(entry, start, len(entry.chunks), begin)
         if len(self._load.slices) >= LOAD_ENTRIES:
             yield self._next_load()
 
-    def finish(self) -> Load:
-        """Returns the last load, which may be empty.
+    def close(self) -> None:
+        """Closes files that were begun and not finished."""
+        for spread in self._spreads:
+            spread.close()
 
-        Raises:
-            InvalidEntry: The last file is incomplete.
-        """
-        check_last(self._last)
+    def _new_spread(self, entry: Entry) -> Spread:
+        spread = Spread(entry)
+        self._spreads.add(spread)
+        return spread
+
+    def _slice(self, entry: Entry, start: int, stop: int, offset: int) -> None:
+        self._load.slices.append(Slice(entry, start, stop, offset, self._spread))
+
+    def finish(self) -> Load:
+        """Returns the last load, which may be empty."""
         return self._next_load()
 
     def _want(self, entry: Entry, id: bytes, size: int) -> None:
-        if id not in self._kept:
-            self._kept[id] = size
+        known = self._kept.get(id)
+        if known is None:
+            self._kept[id] = size, self._load
             self._kept_size += size
             self._load.wanted[id] = size
             self._load.size += size
-        elif self._kept[id] != size:
+        elif known[0] != size:
             raise InvalidEntry(entry.path, "a chunk has another size than before")
+        elif known[1] is not self._load:
+            self._load.borrowed[id] = known[1]
 
     def _next_load(self) -> Load:
         load, self._load = self._load, Load()
         while self._kept_size > KEPT:
-            id, size = self._kept.popitem(last=False)
+            _, (size, _) = self._kept.popitem(last=False)
             self._kept_size -= size
-            load.forgotten.append(id)
         return load
-
-
-class Writer:
-    """Writes loads, in order, into a directory that is made when the first one comes.
-
-    Args:
-        path: The directory's path.
-
-    Raises:
-        BackupError: It exists, and is not empty.
-        OSError: It cannot be made or looked into.
-    """
-
-    def __init__(self, path: bytes) -> None:
-        if os.path.lexists(path) and os.listdir(path):
-            raise BackupError(f"{os.fsdecode(path)}: is not empty")
-        self._path = path
-        self._resources = ExitStack()
-        self._target: Target | None = None
-        self._output: Output | None = None
-        self._contents: dict[bytes, bytes] = {}
-        self.files = 0
-        self.bytes = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._resources.close()
-        if self._output is not None:
-            self._output.close()
-
-    def write(self, load: Load) -> None:
-        """Writes a load.
-
-        Raises:
-            RestoreError: An entry cannot be restored.
-            OSError: The directory cannot be made.
-        """
-        target = self._target
-        if target is None:
-            target = self._target = self._resources.enter_context(Target(self._path))
-        self._contents.update(load.contents)
-        for part in load.slices:
-            if part.entry.kind is Kind.FILE:
-                self._write_file(target, part)
-            else:
-                target.add(part.entry)
-        for id in load.forgotten:
-            del self._contents[id]
-
-    def finish(self) -> None:
-        """Makes links, and sets the modes and times of directories.
-
-        Raises:
-            RestoreError: One of them failed.
-        """
-        if self._target is not None:
-            self._target.finish()
-
-    def _write_file(self, target: Target, part: Slice) -> None:
-        entry = part.entry
-        if self._output is None:
-            self._output = target.open(entry)
-        offset = part.offset
-        for id in entry.chunks[part.start : part.stop]:
-            content = self._contents[id]
-            self._output.write(offset, content)
-            offset += len(content)
-        if offset == entry.size:
-            self._output.finish(entry)
-            self._output = None
-            self.files += 1
-            self.bytes += entry.size

@@ -8,19 +8,23 @@ Each process that appends starts a pack of its own. What a crash left half-writt
 older one stays there, unnamed by the catalogue, and reading the pack from its beginning stops
 there. After a write that failed, the next one goes to the same place.
 
-One thread at a time may append and sync; any number may read meanwhile.
+A pack that is removed vanishes for those who open it next; those who read it read on.
+
+One thread at a time may append, sync, seal and remove; any number may read meanwhile.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 
 from blake3 import blake3
 
-from .chunks import ID_SIZE, LIMIT, Chunk
-from .errors import PackError
+from .chunks import ID_SIZE, LIMIT, MAX_OVERHEAD, Chunk
+from .errors import PackError, PackMissing
+from .files import FILES, Files
+from .interfaces import Location
 
 MAGIC = b"drvpack\1"
 RECORD_MAGIC = b"chnk"
@@ -29,27 +33,11 @@ RECORD_MAGIC = b"chnk"
 HEADER = Struct(f">4sII{ID_SIZE}s16s")
 CHECKED = HEADER.size - 16
 
-# An encoded chunk is at most its tag byte longer than its content.
-RECORD_LIMIT = HEADER.size + 1 + LIMIT
+RECORD_LIMIT = HEADER.size + LIMIT + MAX_OVERHEAD
 
-# A pack is the unit that is copied, checked and one day collected: 256 MiB leaves 4,000 files for
-# a terabyte, and rewriting one takes a second or two.
+# A pack is the unit that is copied, checked and collected: 256 MiB leaves 4,000 files for a
+# terabyte, and rewriting one takes a second or two.
 PACK_LIMIT = 256 * 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Where a record is.
-
-    Attributes:
-        pack: The pack's number.
-        offset: Where in it the record begins, in bytes.
-        length: The whole record's length in bytes, with its header.
-    """
-
-    pack: int
-    offset: int
-    length: int
 
 
 class Packs:
@@ -58,18 +46,42 @@ class Packs:
     Args:
         directory: Made if it does not exist.
         limit: At how many bytes a new pack is begun.
+        last: The highest number that a pack ever had; those of the directory count as well.
+        register: Told a pack's number before it is made.
+        files: What reads and writes.
     """
 
-    def __init__(self, directory: Path, limit: int = PACK_LIMIT) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        limit: int = PACK_LIMIT,
+        *,
+        last: int = 0,
+        register: Callable[[int], None] = lambda _: None,
+        files: Files = FILES,
+    ) -> None:
         self._directory = directory
         self._limit = limit
+        self._register = register
+        self._files = files
         directory.mkdir(exist_ok=True)
-        fsync_directory(directory.parent)
+        files.sync_directory(directory.parent)
         self._number = max(self.numbers(), default=0)
+        self._number = max(self._number, last)
         self._fd = -1
         self._end = 0
         self._full: list[int] = []
         self._broken = False
+
+    @property
+    def first(self) -> int:
+        """Where a pack's first record begins."""
+        return len(MAGIC)
+
+    @property
+    def current(self) -> int:
+        """The number of the pack that is appended to; 0 if none is."""
+        return self._number if self._fd >= 0 else 0
 
     def numbers(self) -> list[int]:
         """Returns the numbers of all packs, in the order in which they were begun."""
@@ -96,7 +108,13 @@ class Packs:
             locations.append(location)
             buffer += record
             buffer += chunk.data
-        _write(self._fd, buffer, self._end)
+        try:
+            self._files.write(self._fd, buffer, self._end)
+        except OSError:
+            # On a full disk, what was written of it is the space that a collection needs.
+            with suppress(OSError):
+                self._files.cut(self._fd, self._end)
+            raise
         self._end += len(buffer)
         return locations
 
@@ -110,7 +128,7 @@ class Packs:
         try:
             for fd in [*self._full, self._fd]:
                 if fd >= 0:
-                    os.fsync(fd)
+                    self._files.sync(fd)
         except OSError:
             self._broken = True
             raise
@@ -118,10 +136,25 @@ class Packs:
             os.close(fd)
         self._full.clear()
 
+    def seal(self) -> None:
+        """Lets the next chunk begin a new pack."""
+        if self._fd >= 0:
+            self._full.append(self._fd)
+            self._fd = -1
+
+    def remove(self, number: int) -> None:
+        """Removes a pack, if it is there.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
+        self._files.remove(self._path(number))
+
     def read(self, locations: Iterable[Location]) -> Iterator[Chunk]:
         """Yields the chunks at these locations, in this order; fastest for those near each other.
 
         Raises:
+            PackMissing: The pack is not there, maybe not any more.
             PackError: What is there is not an intact record.
         """
         fd, number = -1, -1
@@ -132,7 +165,8 @@ class Packs:
                         os.close(fd)
                     fd, number = -1, location.pack
                     fd = self._open(number)
-                record = os.pread(fd, min(location.length, RECORD_LIMIT), location.offset)
+                length = min(location.length, RECORD_LIMIT)
+                record = self._files.read(fd, length, location.offset)
                 chunk = _parse(record)
                 if chunk is None or len(record) != location.length:
                     raise PackError(
@@ -143,23 +177,24 @@ class Packs:
             if fd >= 0:
                 os.close(fd)
 
-    def scan(self, number: int) -> Iterator[tuple[Location, Chunk]]:
-        """Yields a pack's records from its beginning, up to its end or to what is not a record.
+    def scan(self, number: int, offset: int = 0) -> Iterator[tuple[Location, Chunk]]:
+        """Yields a pack's records, up to its end or to what is not a record.
+
+        Args:
+            number: The pack's number.
+            offset: Where a record begins, in bytes; 0 for the pack's beginning.
 
         Raises:
-            PackError: It is not a pack.
+            PackMissing: The pack is not there.
+            PackError: It is not a pack. Not raised if reading begins in the middle.
         """
         fd = self._open(number)
         try:
-            magic = os.pread(fd, len(MAGIC), 0)
-            if MAGIC.startswith(magic) or not any(magic):
-                # Whole, or begun at the moment of a crash: then no record follows.
-                offset = len(MAGIC)
-            else:
-                raise PackError(f"{self._path(number).name} is not a pack that this version reads")
-            while len(header := os.pread(fd, HEADER.size, offset)) == HEADER.size:
+            if not offset:
+                offset = self._begins(fd, number)
+            while len(header := self._files.read(fd, HEADER.size, offset)) == HEADER.size:
                 length = min(HEADER.size + HEADER.unpack(header)[1], RECORD_LIMIT)
-                chunk = _parse(os.pread(fd, length, offset))
+                chunk = _parse(self._files.read(fd, length, offset))
                 if chunk is None:
                     return
                 yield Location(number, offset, length), chunk
@@ -175,12 +210,20 @@ class Packs:
         self._full.clear()
         self._fd = -1
 
+    def _begins(self, fd: int, number: int) -> int:
+        magic = self._files.read(fd, len(MAGIC), 0)
+        # Whole, or begun at the moment of a crash: then no record follows.
+        if MAGIC.startswith(magic) or not any(magic):
+            return len(MAGIC)
+        raise PackError(f"{self._path(number).name} is not a pack that this version reads")
+
     def _begin(self) -> None:
+        self._register(self._number + 1)
         path = self._path(self._number + 1)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = self._files.create(path)
         try:
-            _write(fd, MAGIC, 0)
-            fsync_directory(self._directory)
+            self._files.write(fd, MAGIC, 0)
+            self._files.sync_directory(self._directory)
         except OSError:
             os.close(fd)
             path.unlink()
@@ -192,21 +235,12 @@ class Packs:
 
     def _open(self, number: int) -> int:
         try:
-            return os.open(self._path(number), os.O_RDONLY | os.O_CLOEXEC)
+            return self._files.open(self._path(number))
         except FileNotFoundError as error:
-            raise PackError(f"{self._path(number).name} is missing") from error
+            raise PackMissing(f"{self._path(number).name} is missing") from error
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number:08}.pack"
-
-
-def fsync_directory(path: Path) -> None:
-    """Makes the names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _header(chunk: Chunk) -> bytes:
@@ -226,10 +260,3 @@ def _parse(record: bytes) -> Chunk | None:
     if blake3(view[:CHECKED]).update(data).digest(16) != checksum:
         return None
     return Chunk(id, size, bytes(data))
-
-
-def _write(fd: int, data: bytes | bytearray, offset: int) -> None:
-    with memoryview(data) as view:
-        done = 0
-        while done < len(view):
-            done += os.pwrite(fd, view[done:], offset + done)

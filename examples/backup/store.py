@@ -1,9 +1,12 @@
 """What the server keeps: chunks in packs, and a catalogue of chunks and snapshots.
 
-The order of writes is what makes it safe to kill at any moment: chunks are in a pack and the pack
-is synced, before the catalogue says so; the catalogue's transaction is durable, before a put is
-acknowledged; a snapshot becomes visible after everything it names. A crash between two of these
-leaves bytes in a pack that nobody names, and nothing else.
+The order of writes is what makes it safe to kill at any moment: a pack is in the catalogue before
+it is made; chunks are in a pack, and the pack is synced, before the catalogue says so and a put is
+acknowledged; a snapshot becomes visible after everything it names. Removing goes the other way: see
+`collect`. The catalogue does not wait for the disk where it takes in chunks, since their records
+have all that it says of them: what a crash of the machine may have undone is read again from the
+ends of the packs when the store is opened. A crash leaves bytes in a pack that nobody names, and
+nothing else.
 
 Waiting for the disk is what a put costs, so puts share it. Each queues its chunks and waits for its
 turn; whoever has the turn stores all that is queued, with one sync and one transaction, and those
@@ -11,26 +14,62 @@ behind it find their chunks stored. As turns exclude each other, a chunk that is
 at once is stored once.
 """
 
-import fcntl
-import os
+import resource
+import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
-from .catalogue import Catalogue
-from .chunks import Chunk, Codec
-from .errors import BackupError, PackError, StoreFailed, StoreLocked
-from .packs import PACK_LIMIT, Location, Packs, fsync_directory
-from .snapshots import Draft, Snapshot, Snapshots
-from .tree import Entry
+from .chunks import ID_SIZE, LIMIT, MAX_OVERHEAD, SEALED, Chunk, Codec
+from .collect import Collector
+from .directory import Directory
+from .drafts import Draft
+from .errors import (
+    BackupError,
+    Busy,
+    ChunkError,
+    PackError,
+    PackMissing,
+    StoreFailed,
+    UnknownChunks,
+)
+from .interfaces import CatalogueStore, Location, PackStore
+from .leases import Leases
+from .pages import Page
+from .reports import Checked, Collected, Usage
+from .retention import Rule, Verdict, judge
+from .snapshots import Snapshot, resolve
+from .verify import Verifier
 
-# Entries that commit_snapshot adds at once.
-BATCH = 1000
+# Chunks in memory while a store is opened after a crash: their data, some MB.
+RECOVERED = 64
+
+# Pages in memory while a snapshot is read, for each reader: some hundred KB.
+PAGES = 16
+
+
+class Parts(Protocol):
+    """What a store is made of, and released with."""
+
+    @property
+    def packs(self) -> PackStore:
+        """Where chunks are."""
+        ...
+
+    @property
+    def catalogue(self) -> CatalogueStore:
+        """What is where."""
+        ...
+
+    def close(self) -> None:
+        """Releases both. A second call does nothing."""
+        ...
 
 
 @dataclass
@@ -47,8 +86,7 @@ class Store:
     """A server's store, for any number of threads and one process.
 
     Args:
-        path: Its directory, made if it does not exist.
-        pack_limit: At how many bytes a new pack is begun.
+        place: Its directory, made if it does not exist; or what it is made of.
 
     Raises:
         StoreLocked: Another process has it open.
@@ -56,22 +94,19 @@ class Store:
         OSError: The directory cannot be used.
     """
 
-    def __init__(self, path: Path, *, pack_limit: int = PACK_LIMIT) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            stack.enter_context(_locked(path / "lock"))
-            self._packs = Packs(path / "packs", pack_limit)
-            stack.callback(self._packs.close)
-            self._catalogue = Catalogue(path / "catalogue.sqlite")
-            stack.callback(self._catalogue.close)
-            self._snapshots = Snapshots(self._catalogue)
-            fsync_directory(path)
-            fsync_directory(path.parent)
-            self._resources = stack.pop_all()
+    def __init__(self, place: Path | Parts) -> None:
+        self._parts: Parts = Directory(place) if isinstance(place, Path) else place
+        self._packs = self._parts.packs
+        self._catalogue = self._parts.catalogue
+        self._leases = Leases(self._catalogue)
         self._codec = Codec()
+        self._sealed = bool(self._catalogue.key())
         self._queue_lock = threading.Lock()
         self._queue: list[_Put] = []
         self._turn = threading.Lock()
+        self._collecting = threading.Lock()
+        self._began = time.monotonic()
+        self._recover()
 
     def __enter__(self) -> Self:
         return self
@@ -85,8 +120,16 @@ class Store:
         self.close()
 
     def missing(self, ids: Sequence[bytes]) -> list[int]:
-        """Returns the positions, in ascending order, of those ids that the store does not have."""
-        return self._catalogue.missing(ids)
+        """Returns the positions, in ascending order, of those ids that the store does not have.
+
+        Those that are there stay there for the drafts that were begun before.
+        """
+        found = self._catalogue.find(ids)
+        return [
+            position
+            for position, id in enumerate(ids)
+            if (stored := found.get(id)) is None or stored.condemned
+        ]
 
     def put_many(self, chunks: Sequence[Chunk]) -> int:
         """Stores chunks; returns, once all are durable, how many the store did not have yet.
@@ -97,7 +140,7 @@ class Store:
         """
         new = [chunks[position] for position in self.missing([chunk.id for chunk in chunks])]
         for chunk in new:
-            self._codec.decode(chunk)
+            self._check(chunk)
         if not new:
             return 0
         put = _Put(new)
@@ -117,26 +160,32 @@ class Store:
             UnknownChunks: The store does not have them all. Raised at once.
             PackError: One is damaged. Raised when it is its turn.
         """
-        return self._read(ids, self._catalogue.locate(ids))
+        return self._read(ids, self._locate(ids))
 
-    def begin(self, name: str) -> Draft:
-        """Returns a new snapshot's draft, to be filled and committed, or else discarded."""
-        return self._snapshots.begin(name)
+    def begin(self, name: str, base: str = "") -> Draft:
+        """Returns a new snapshot's draft, to be filled and committed, or else discarded.
 
-    def commit_snapshot(self, name: str, entries: Iterable[Entry]) -> Snapshot:
-        """Makes a snapshot of these entries; see `Draft` for the errors."""
-        draft = self.begin(name)
+        Args:
+            name: The snapshot's name.
+            base: The id of the snapshot whose pages can be taken over; empty for none.
+
+        Raises:
+            UnknownBase: There is no such snapshot.
+        """
+        return Draft(self._catalogue, self._leases, name, base)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """While in this block, chunks that are there now stay there."""
+        lease = self._leases.begin()
         try:
-            remaining = iter(entries)
-            while batch := list(islice(remaining, BATCH)):
-                draft.add(batch)
-            return draft.commit()
+            yield
         finally:
-            draft.discard()
+            self._leases.end(lease)
 
     def snapshots(self) -> list[Snapshot]:
         """Returns all snapshots, the oldest first."""
-        return self._snapshots.all()
+        return self._catalogue.snapshots()
 
     def find(self, reference: str) -> Snapshot:
         """Returns the snapshot with this id, else the newest of this name, else by id prefix.
@@ -144,30 +193,133 @@ class Store:
         Raises:
             UnknownSnapshot: There is none, or the prefix fits several.
         """
-        return self._snapshots.find(reference)
+        return resolve(reference, self.snapshots())
 
-    def entries(self, id: str) -> Iterator[Entry]:
-        """Yields the entries of the snapshot with this id.
+    def pages(self, id: str) -> Generator[Page, None, None]:
+        """Yields the pages of the snapshot with this id, even if it is forgotten meanwhile.
 
         Raises:
             UnknownSnapshot: It is not there.
-            CatalogueError: Its entries are damaged.
+            CatalogueError: What the catalogue says of it, or a page, is damaged.
         """
-        return self._snapshots.entries(id)
+        lease, keys = self._leases.begin_with(id)
+        try:
+            for start in range(0, len(keys), PAGES):
+                yield from self._catalogue.pages(keys[start : start + PAGES])
+        finally:
+            self._leases.end(lease)
+
+    def forget(self, references: Sequence[str]) -> list[Snapshot]:
+        """Removes snapshots, all or none, and returns them. What only they need stays until gc.
+
+        Raises:
+            UnknownSnapshot: One is not there.
+        """
+        known = self.snapshots()
+        found = [resolve(reference, known) for reference in references]
+        self._catalogue.remove_snapshots([snapshot.id for snapshot in found])
+        return found
+
+    def forget_by_rule(self, rule: Rule, name: str = "", dry_run: bool = False) -> list[Verdict]:
+        """Removes the snapshots that a rule does not keep; returns what it says of each.
+
+        Args:
+            rule: What to keep.
+            name: Of which snapshots; empty for all names.
+            dry_run: Whether to remove none.
+        """
+        verdicts = judge((one for one in self.snapshots() if name in ("", one.name)), rule)
+        if not dry_run:
+            forgotten = [verdict.snapshot.id for verdict in verdicts if not verdict.reasons]
+            self._catalogue.remove_snapshots(forgotten)
+        return verdicts
+
+    def collect(self) -> Generator[Collected, None, None]:
+        """Removes what no snapshot needs, while others back up and restore; yields how far it is.
+
+        Raises:
+            Busy: Another collection is running.
+            CatalogueError: The catalogue is damaged: then nothing more is removed.
+            StoreFailed: Something could not be written or removed.
+        """
+        if not self._collecting.acquire(blocking=False):
+            raise Busy("another gc is running")
+        try:
+            yield from Collector(self._packs, self._catalogue, self._leases, self._turn).run()
+        except OSError as error:
+            raise StoreFailed(f"cannot collect: {error}") from error
+        finally:
+            self._collecting.release()
+
+    def verify(self) -> Generator[Checked, None, None]:
+        """Reads all that is stored; yields how far it is, and the damage found since the last."""
+        return Verifier(self._packs, self._catalogue).run()
+
+    def usage(self) -> Usage:
+        """Returns what is stored, and what this process has taken for it."""
+        snapshots, packs = self.snapshots(), self._catalogue.packs()
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return Usage(
+            snapshots=len(snapshots),
+            source_bytes=sum(snapshot.size for snapshot in snapshots),
+            references=sum(snapshot.chunks for snapshot in snapshots),
+            chunks=sum(pack.chunks for pack in packs),
+            content_bytes=sum(pack.content for pack in packs),
+            stored_bytes=sum(pack.used for pack in packs),
+            pack_bytes=sum(pack.end for pack in packs),
+            cpu_seconds=used.ru_utime + used.ru_stime,
+            # Linux counts it in KiB, macOS in bytes.
+            peak_memory=used.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            seconds=time.monotonic() - self._began,
+        )
+
+    def key(self) -> bytes:
+        """Returns the tenant's wrapped key; empty if it has none."""
+        return self._catalogue.key()
+
+    def set_key(self, wrapped: bytes) -> None:
+        """Keeps the tenant's wrapped key. From now on all that is stored has to be encrypted.
+
+        Raises:
+            KeyExists: There is one; or there are backups, which are not encrypted.
+        """
+        with self._turn:
+            self._catalogue.set_key(wrapped)
+            self._sealed = True
 
     def close(self) -> None:
         """Closes the store after the put that has the turn. A second call does nothing."""
         with self._turn:
-            self._resources.close()
+            self._parts.close()
+
+    def _recover(self) -> None:
+        """Takes in what packs have beyond what the catalogue knows of them: intact records only."""
+        for pack in self._catalogue.packs():
+            try:
+                found = self._packs.scan(pack.number, pack.end)
+                while records := list(islice(found, RECOVERED)):
+                    self._catalogue.add((chunk, where) for where, chunk in records)
+            except PackError:
+                continue  # Missing, or no pack: that is for `verify` to tell.
+
+    def _check(self, chunk: Chunk) -> None:
+        """Checks that a chunk is what it says, as far as can be told without the tenant's keys."""
+        if not self._sealed:
+            self._codec.decode(chunk)
+        elif chunk.data[:1] != SEALED:
+            raise ChunkError(f"chunk {chunk.id.hex()} is not encrypted, as all have to be")
+        elif len(chunk.id) != ID_SIZE or not 0 < chunk.size <= LIMIT:
+            raise ChunkError(f"chunk {chunk.id.hex()} has no id, or {chunk.size} bytes")
+        elif len(chunk.data) > chunk.size + MAX_OVERHEAD:
+            raise ChunkError(f"chunk {chunk.id.hex()} is encoded in more bytes than it has")
 
     def _store_queued(self) -> None:
         with self._queue_lock:
             puts, self._queue = self._queue, []
         try:
             chunks = {chunk.id: chunk for put in puts for chunk in put.chunks}
-            ids = list(chunks)
-            new = {ids[position] for position in self.missing(ids)}
-            fresh = [chunk for id, chunk in chunks.items() if id in new]
+            known = self._leases.revive(list(chunks))
+            fresh = [chunk for id, chunk in chunks.items() if id not in known]
             if fresh:
                 locations = self._packs.append(fresh)
                 self._packs.sync()
@@ -176,6 +328,7 @@ class Store:
             for put in puts:
                 put.error = error
         else:
+            new = {chunk.id for chunk in fresh}
             for put in puts:
                 mine = new.intersection(chunk.id for chunk in put.chunks)
                 new -= mine
@@ -184,21 +337,25 @@ class Store:
             for put in puts:
                 put.settled = True
 
+    def _locate(self, ids: Sequence[bytes]) -> list[Location]:
+        found = self._catalogue.find(ids)
+        if unknown := [id for id in ids if id not in found]:
+            raise UnknownChunks(unknown)
+        return [found[id].where for id in ids]
+
     def _read(self, ids: Sequence[bytes], locations: list[Location]) -> Iterator[Chunk]:
-        for id, chunk in zip(ids, self._packs.read(locations), strict=True):
-            if chunk.id != id:
-                raise PackError(f"another chunk is where {id.hex()} should be")
-            yield chunk
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreLocked(f"{path.parent} is used by another process") from error
-        yield
-    finally:
-        os.close(fd)
+        done = 0
+        while done < len(ids):
+            began = done
+            try:
+                for chunk in self._packs.read(locations[done:]):
+                    if chunk.id != ids[done]:
+                        raise PackError(f"another chunk is where {ids[done].hex()} should be")
+                    yield chunk
+                    done += 1
+            except PackMissing:
+                # A collection may have moved them since they were located.
+                moved = self._locate(ids[done:])
+                if done == began and moved == locations[done:]:
+                    raise
+                locations[done:] = moved

@@ -3,28 +3,39 @@
 Snapshots come from a server that may be hostile, and others may change the directory meanwhile.
 So paths are checked, and every step down goes from one open directory to the next without
 following symbolic links. Links are made last: no path of the snapshot can lead through them.
-Modes and times of directories are set at the very end, since writing into them changes both.
+Modes and times of directories are set at the very end, since writing into them changes both. What
+waits for the end is in a temporary file, not in memory.
+
+What could not be restored as it was, but does not make the rest worthless, is *reported*: owners
+that may not be set, attributes that the file system does not take, and what has to be asked for,
+since the snapshot's author should not get to say which programs run with the restoring user's
+rights: setuid, setgid and sticky bits, capabilities, and device nodes.
 """
 
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
 from .errors import RestoreError, UnsafePath
-from .tree import Entry, Kind
+from .output import Output, Rules, set_attributes
+from .spool import Spool
+from .tree import DEVICES, Entry, Kind, Skipped
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # O_EXCL: a new file, never one that somebody put there, nor what a symbolic link points at.
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# Restored permissions leave out setuid, setgid and sticky: the snapshot's author does not get to
-# say which programs run with the restoring user's rights.
-_PERMISSIONS = 0o777
+# Without O_NONBLOCK, a FIFO that has taken a file's place would be waited for.
+_OLD_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+# Directories that each thread keeps open: the next entries most likely go to one of them.
+OPEN_PARENTS = 16
 
 
 def components(path: bytes) -> list[bytes]:
@@ -46,19 +57,35 @@ class Target:
     replaced unless it is a directory; everything else is left alone. Methods may be called from
     any thread.
 
+    Args:
+        path: The directory's path.
+        rules: What may be restored.
+        report: Told of what is not as it was.
+
+    Attributes:
+        is_new: Whether nothing was in it.
+
     Raises:
         OSError: The destination cannot be made or opened.
     """
 
-    def __init__(self, path: bytes) -> None:
+    def __init__(
+        self,
+        path: bytes,
+        rules: Rules | None = None,
+        report: Callable[[Skipped], None] = lambda _: None,
+    ) -> None:
         with suppress(FileExistsError):
             os.mkdir(path)
         self._root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.is_new = not os.listdir(self._root)
+        self._rules = rules or Rules()
+        self._report = report
         self._lock = threading.Lock()
-        self._directories: list[Entry] = []
-        self._links: list[Entry] = []
-        # Where the last entry went: the next one most likely goes there too.
-        self._parent: tuple[list[bytes], int] = ([], os.dup(self._root))
+        self._directories = Spool(Entry)
+        self._links = Spool(Entry)
+        self._local = threading.local()
+        self._parents: list[_Parents] = []
 
     def __enter__(self) -> Self:
         return self
@@ -72,33 +99,24 @@ class Target:
         self.close()
 
     def add(self, entry: Entry) -> None:
-        """Makes a directory, or remembers a symbolic link.
+        """Makes a directory, a FIFO or a device; or remembers a link, symbolic or hard.
 
         Raises:
             RestoreError: It cannot be made.
         """
         names = components(entry.path)
-        if entry.kind is Kind.SYMLINK and names:
-            self._links.append(entry)
-            return
-        if entry.kind is not Kind.DIRECTORY:
-            raise RestoreError(entry.path, "not a directory or a symbolic link")
-        with self._lock, _naming(entry.path):
-            if names:
-                parent = self._open_parent(names)
-                with suppress(FileExistsError):
-                    os.mkdir(names[-1], 0o700, dir_fd=parent)
-                fd = os.open(names[-1], _DIRECTORY, dir_fd=parent)
-            else:
-                fd = os.dup(self._root)
-            try:
-                # One that was there already may not be writable.
-                os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | stat.S_IRWXU)
-            finally:
-                os.close(fd)
-            self._directories.append(entry)
+        if names and (entry.kind is Kind.SYMLINK or entry.link):
+            components(entry.link)
+            with self._lock, naming(entry.path):
+                self._links.append(entry)
+        elif names and (entry.kind is Kind.FIFO or entry.kind in DEVICES):
+            self._make_special(entry, names)
+        elif entry.kind is Kind.DIRECTORY:
+            self._make_directory(entry, names)
+        else:
+            raise RestoreError(entry.path, "not a directory or a link")
 
-    def open(self, entry: Entry) -> "Output":
+    def open(self, entry: Entry) -> Output:
         """Makes a regular file, empty, to be written at any offsets and then finished.
 
         Raises:
@@ -107,17 +125,55 @@ class Target:
         names = components(entry.path)
         if entry.kind is not Kind.FILE or not names:
             raise RestoreError(entry.path, "not a file")
-        with self._lock, _naming(entry.path):
-            parent = self._open_parent(names)
+        with naming(entry.path):
+            parent = self._parent(names)
             try:
                 fd = os.open(names[-1], _NEW_FILE, 0o600, dir_fd=parent)
             except FileExistsError:
                 os.unlink(names[-1], dir_fd=parent)
                 fd = os.open(names[-1], _NEW_FILE, 0o600, dir_fd=parent)
-        return Output(fd, entry)
+        return Output(fd, entry, self._rules, self._report)
+
+    @contextmanager
+    def existing(self, entry: Entry) -> Iterator[int | None]:
+        """Opens what is at a file's path, to be read, if it is a regular file of this size.
+
+        Yields its descriptor, or None; so it does if it cannot be read.
+
+        Raises:
+            UnsafePath: It does not lead to a place below the root.
+        """
+        names = components(entry.path)
+        if not names:
+            raise UnsafePath(entry.path, "not a file")
+        fd = None
+        with suppress(OSError):
+            fd = os.open(names[-1], _OLD_FILE, dir_fd=self._parent(names))
+        try:
+            if fd is not None:
+                found = os.fstat(fd)
+                same = stat.S_ISREG(found.st_mode) and found.st_size == entry.size
+                yield fd if same else None
+            else:
+                yield None
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def refresh(self, fd: int, entry: Entry) -> None:
+        """Sets the attributes of a file whose content is as it should be.
+
+        Raises:
+            RestoreError: One cannot be set.
+        """
+        with naming(entry.path):
+            found = os.fstat(fd)
+            # Its other names are nobody's business: they may lie outside.
+            if found.st_nlink == 1:
+                set_attributes(fd, entry, self._rules, self._report)
 
     def finish(self) -> None:
-        """Makes the symbolic links, then sets the modes and times of directories.
+        """Makes the links, then sets the attributes of directories.
 
         To be called once, after all files are finished.
 
@@ -126,17 +182,15 @@ class Target:
         """
         for entry in self._links:
             names = components(entry.path)
-            with self._lock, _naming(entry.path):
-                self._link(entry, names[-1], self._open_parent(names))
+            with naming(entry.path):
+                self._link(entry, names[-1], self._parent(names))
         # Children first: a parent's mode may shut the way to them.
         for entry in reversed(self._directories):
             names = components(entry.path)
-            with self._lock, _naming(entry.path):
-                fd = os.open(
-                    names[-1] if names else b".", _DIRECTORY, dir_fd=self._open_parent(names)
-                )
+            with naming(entry.path):
+                fd = os.open(names[-1] if names else b".", _DIRECTORY, dir_fd=self._parent(names))
                 try:
-                    _set_attributes(fd, entry)
+                    set_attributes(fd, entry, self._rules, self._report)
                 finally:
                     os.close(fd)
 
@@ -145,108 +199,141 @@ class Target:
         with self._lock:
             if self._root >= 0:
                 os.close(self._root)
-                os.close(self._parent[1])
-                self._root, self._parent = -1, ([], -1)
+                self._root = -1
+                for parents in self._parents:
+                    parents.close()
+                self._directories.close()
+                self._links.close()
 
-    def _open_parent(self, names: list[bytes]) -> int:
-        """Returns the directory of an entry; it stays open until the next call."""
-        parents = names[:-1]
-        known, fd = self._parent
-        if parents == known:
-            return fd
-        fd = os.dup(self._root)
-        for name in parents:
+    def _make_directory(self, entry: Entry, names: list[bytes]) -> None:
+        with naming(entry.path):
+            if names:
+                parent = self._parent(names)
+                made = True
+                try:
+                    os.mkdir(names[-1], 0o700, dir_fd=parent)
+                except FileExistsError:
+                    made = False
+                    fd = os.open(names[-1], _DIRECTORY, dir_fd=parent)
+            else:
+                made, fd = False, os.dup(self._root)
+            if not made:
+                try:
+                    # One that was there already may not be writable.
+                    os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | stat.S_IRWXU)
+                finally:
+                    os.close(fd)
+        with self._lock, naming(entry.path):
+            self._directories.append(entry)
+
+    def _make_special(self, entry: Entry, names: list[bytes]) -> None:
+        if entry.kind in DEVICES and not self._rules.devices:
+            self._report(Skipped(entry.path, "a device is restored only if asked for"))
+            return
+        mode = {
+            Kind.FIFO: stat.S_IFIFO,
+            Kind.BLOCK_DEVICE: stat.S_IFBLK,
+            Kind.CHARACTER_DEVICE: stat.S_IFCHR,
+        }[entry.kind]
+        name = names[-1]
+        with naming(entry.path):
+            parent = self._parent(names)
+            try:
+                os.mknod(name, mode | 0o600, entry.device, dir_fd=parent)
+            except FileExistsError:
+                os.unlink(name, dir_fd=parent)
+                os.mknod(name, mode | 0o600, entry.device, dir_fd=parent)
+            # O_PATH: opening a FIFO would wait, opening a device would do what the device does.
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+            try:
+                if stat.S_IFMT(os.fstat(fd).st_mode) != mode:
+                    raise RestoreError(entry.path, "replaced by something else meanwhile")
+                set_attributes(f"/proc/self/fd/{fd}", entry, self._rules, self._report)
+            finally:
+                os.close(fd)
+
+    def _link(self, entry: Entry, name: bytes, parent: int) -> None:
+        if entry.link:
+            names = components(entry.link)
+            source = os.dup(self._parent(names))
+            try:
+                self._replacing(
+                    name,
+                    parent,
+                    lambda: os.link(
+                        names[-1], name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False
+                    ),
+                )
+            finally:
+                os.close(source)
+            found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+            if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
+                raise RestoreError(entry.path, "a link of something else")
+            return
+        self._replacing(name, parent, lambda: os.symlink(entry.target, name, dir_fd=parent))
+        times = (entry.mtime_ns, entry.mtime_ns)
+        if self._rules.owner:
+            with suppress(PermissionError):
+                os.chown(name, *self._rules.owner_of(entry), dir_fd=parent, follow_symlinks=False)
+        os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
+
+    def _replacing(self, name: bytes, parent: int, make: Callable[[], None]) -> None:
+        try:
+            make()
+        except FileExistsError:
+            os.unlink(name, dir_fd=parent)
+            make()
+
+    def _parent(self, names: list[bytes]) -> int:
+        """Returns the directory of an entry; it stays open until this thread's next call."""
+        parents: _Parents | None = getattr(self._local, "parents", None)
+        if parents is None:
+            parents = self._local.parents = _Parents()
+            with self._lock:
+                self._parents.append(parents)
+        return parents.open(self._root, tuple(names[:-1]))
+
+
+class _Parents:
+    """Directories that one thread has open."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[tuple[bytes, ...], int] = OrderedDict()
+
+    def open(self, root: int, names: tuple[bytes, ...]) -> int:
+        """Returns a descriptor for a directory below the root, reached without following links."""
+        found = self._open.get(names)
+        if found is not None:
+            self._open.move_to_end(names)
+            return found
+        fd, rest = root, names
+        for depth in range(len(names) - 1, 0, -1):
+            if names[:depth] in self._open:
+                fd, rest = self._open[names[:depth]], names[depth:]
+                break
+        fd = os.dup(fd)
+        for name in rest:
             try:
                 below = os.open(name, _DIRECTORY, dir_fd=fd)
             finally:
                 os.close(fd)
             fd = below
-        os.close(self._parent[1])
-        self._parent = parents, fd
+        self._open[names] = fd
+        if len(self._open) > OPEN_PARENTS:
+            os.close(self._open.popitem(last=False)[1])
         return fd
 
-    def _link(self, entry: Entry, name: bytes, parent: int) -> None:
-        try:
-            os.symlink(entry.target, name, dir_fd=parent)
-        except FileExistsError:
-            os.unlink(name, dir_fd=parent)
-            os.symlink(entry.target, name, dir_fd=parent)
-        times = (entry.mtime_ns, entry.mtime_ns)
-        os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
-
-
-class Output:
-    """A file that is being restored.
-
-    Args:
-        fd: Its descriptor, which this object closes.
-        entry: The file's entry, or that of its first part.
-    """
-
-    def __init__(self, fd: int, entry: Entry) -> None:
-        self._fd = fd
-        self._entry = entry
-        self._lock = threading.Lock()
-        self._written = 0
-
-    def write(self, offset: int, content: bytes | memoryview) -> None:
-        """Writes a piece, in any order and from any thread.
-
-        Raises:
-            RestoreError: It does not fit into the file, or cannot be written.
-        """
-        path = self._entry.path
-        if offset < 0 or offset + len(content) > self._entry.size:
-            raise RestoreError(path, "a piece lies outside the file")
-        with _naming(path):
-            view = memoryview(content)
-            while view:
-                count = os.pwrite(self._fd, view, offset)
-                view, offset = view[count:], offset + count
-        with self._lock:
-            self._written += len(content)
-
-    def finish(self, last: Entry | None = None) -> None:
-        """Checks that the file is whole, sets its mode and time, and closes it.
-
-        Args:
-            last: The entry of the file's last part, if it has several: its size is the file's.
-
-        Raises:
-            RestoreError: Something is missing or in excess, or an attribute cannot be set.
-        """
-        entry = last or self._entry
-        try:
-            with _naming(entry.path):
-                length = os.fstat(self._fd).st_size
-                # Length alone would not show a hole.
-                if length != entry.size or self._written != entry.size:
-                    raise RestoreError(
-                        entry.path,
-                        f"{self._written} bytes written, up to {length}; it has {entry.size}",
-                    )
-                _set_attributes(self._fd, entry)
-        finally:
-            self.close()
-
     def close(self) -> None:
-        """Leaves the file as it is. Does nothing after `finish` or a call before."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-
-def _set_attributes(fd: int, entry: Entry) -> None:
-    os.fchmod(fd, entry.mode & _PERMISSIONS)
-    os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
+        while self._open:
+            os.close(self._open.popitem()[1])
 
 
 @contextmanager
-def _naming(path: bytes) -> Iterator[None]:
+def naming(path: bytes) -> Iterator[None]:
     """Makes errors name the path. Values that no system takes are errors of the snapshot too."""
     try:
         yield
     except OSError as error:
         raise RestoreError(path, error.strerror or str(error)) from error
-    except (ValueError, OverflowError) as error:
+    except (OverflowError, ValueError) as error:
         raise RestoreError(path, str(error)) from error

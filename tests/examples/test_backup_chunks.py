@@ -1,11 +1,14 @@
 """Cutting files into chunks, and chunks that lie about themselves."""
 
+import lzma
 import os
 import random
 import subprocess
 import sys
 import tempfile
 import threading
+import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
@@ -17,8 +20,17 @@ from hypothesis import strategies as st
 from pyfastcdc import FastCDC
 
 from examples.backup import chunks
-from examples.backup.chunks import BLOCK_SIZE, LIMIT, MAX_SIZE, MIN_SIZE, Chunk, Codec, chunk_id
-from examples.backup.errors import ChunkError
+from examples.backup.chunks import (
+    BLOCK_SIZE,
+    LIMIT,
+    MAX_SIZE,
+    MIN_SIZE,
+    Chunk,
+    Codec,
+    chunk_id,
+    compression_of,
+)
+from examples.backup.errors import BackupError, ChunkError
 
 
 def content_of(size: int, seed: int = 0) -> bytes:
@@ -207,3 +219,63 @@ def test_one_codec_serves_many_threads():
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(roundtrip, range(200)))
+
+
+@pytest.mark.parametrize("text", ["none", "zstd:1", "zstd:19", "zstd", "zlib:9", "lzma:0", "auto"])
+@pytest.mark.parametrize("content", [b"a" * 50_000, content_of(50_000), b"x"])
+def test_every_algorithm_comes_back(text, content):
+    codec = Codec(compression_of(text))
+    chunk = codec.encode(chunk_id(content), content)
+    assert Codec().decode(chunk) == content
+    assert len(chunk.data) <= len(content) + 1
+    if content == b"a" * 50_000 and text != "none":
+        assert len(chunk.data) < 1000
+
+
+@pytest.mark.parametrize(
+    "text", ["", "best", "zstd:0", "zstd:20", "zstd:x", "zstd:-1", "zlib:10", "none:1", "auto:1"]
+)
+def test_other_compressions_are_refused(text):
+    with pytest.raises(BackupError, match="no compression"):
+        compression_of(text)
+
+
+def test_the_probe_tells_what_is_compressed_already():
+    codec = Codec()
+    words = random.Random(1)
+    text = b" ".join(b"%d" % words.randrange(1_000_000) for _ in range(50_000))
+    assert codec.is_compressible(text)
+    for compress in (zlib.compress, lzma.compress, zstandard.compress):
+        assert not codec.is_compressible(compress(text)[:60_000])
+    # Half of it shrinks; and a small one is not worth a probe.
+    assert codec.is_compressible(content_of(30_000) + bytes(30_000))
+    assert codec.is_compressible(content_of(1000))
+
+
+EXPANDING = {
+    chunks.ZLIB: zlib.compress(bytes(1 << 26)),
+    chunks.LZMA: lzma.compress(bytes(1 << 26), preset=9),
+}
+
+
+@pytest.mark.parametrize("tag", EXPANDING)
+def test_other_bombs_are_refused_before_they_expand(tag):
+    tracemalloc.start()
+    try:
+        for size in (1000, LIMIT):
+            bomb = Chunk(bytes(32), size, tag + EXPANDING[tag][: size - 1])
+            with pytest.raises(ChunkError):
+                Codec().decode(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 8 * LIMIT
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("tag", EXPANDING)
+@given(data=st.binary(max_size=100), size=st.integers(1, 200))
+def test_any_bytes_are_refused_by_other_algorithms(tag, data, size):
+    true = {chunks.ZLIB: zlib.compress, chunks.LZMA: lzma.compress}[tag](bytes(50))
+    for payload in (data, true + data, true[: len(data)], true + true):
+        if len(payload) < size:
+            with pytest.raises(ChunkError):
+                Codec().decode(Chunk(bytes(32), size, tag + payload))

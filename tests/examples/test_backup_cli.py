@@ -1,7 +1,6 @@
 """The commands, as real processes over real sockets; some of them killed."""
 
 import json
-import os
 import random
 import re
 import signal
@@ -14,8 +13,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import trustme
+
+from examples.backup.cli import cli, verdict
+
+pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[2]
+BACKUP = ["backup", "PLACE", "--name", "mine", "--server", "URL"]
 COMMAND = [sys.executable, "-m", "examples.backup"]
 
 
@@ -52,8 +57,10 @@ def succeed(*arguments: object):
 
 
 @contextmanager
-def serving(store: Path, listen: str = "tcp://127.0.0.1:0") -> Iterator["Serving"]:
-    with start("serve", "--store", store, "--listen", listen) as process:
+def serving(
+    store: Path, listen: str = "tcp://127.0.0.1:0", *options: object
+) -> Iterator["Serving"]:
+    with start("serve", "--store", store, "--listen", listen, *options) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
@@ -109,6 +116,11 @@ def counting(url: str, limit: int, act: Callable[[], None]) -> Iterator[str]:
             # Wakes `accept`, should no client have come.
             listener.shutdown(socket.SHUT_RDWR)
             thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _place_for_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -169,26 +181,139 @@ def test_for_people(tmp_path, source):
         assert restored.startswith("40 files, 10.0 MB, in")
 
 
-def test_what_was_skipped_is_named_and_shows_in_the_status(tmp_path, source):
-    os.mkfifo(source / "pipe")
-    with serving(tmp_path / "store") as server:
+def test_what_was_skipped_is_named_and_shows_in_the_status(tmp_path, source, monkeypatch):
+    monkeypatch.chdir(source)  # a socket's path must be short
+    with socket.socket(socket.AF_UNIX) as listener, serving(tmp_path / "store") as server:
+        listener.bind("socket")
         done = run("backup", source, "--server", server.url, "--name", "mine", "--json")
         assert done.status == 1
         assert done.errors == [
-            "skipped pipe: a FIFO",
+            "skipped socket: a socket",
             "error: 1 skipped, all else is in the snapshot",
         ]
+        assert json.loads(done.stdout.splitlines()[0]) == {
+            "event": "skipped",
+            "path": "socket",
+            "reason": "a socket",
+        }
         assert (done.json["files"], done.json["skipped"]) == (40, 1)
         succeed("restore", done.json["snapshot"], tmp_path / "restored", "--server", server.url)
-    (source / "pipe").unlink()
+    (source / "socket").unlink()
     assert same(tmp_path / "restored", source)
+
+
+def test_what_is_refused_at_a_restore_is_named_and_shows_in_the_status(tmp_path, source):
+    (source / "program").touch()
+    (source / "program").chmod(0o4755)
+    with serving(tmp_path / "store") as server:
+        here = ("--server", server.url)
+        succeed("backup", source, *here, "--name", "mine")
+        done = run("restore", "mine", tmp_path / "1", *here)
+        assert done.status == 1
+        first, last = done.errors
+        assert first.startswith("skipped program: setuid, ")
+        assert last == "error: 1 skipped, all else is restored"
+        succeed("restore", "mine", tmp_path / "2", *here, "--setuid")
+    modes = [(tmp_path / place / "program").stat().st_mode & 0o7777 for place in "12"]
+    assert modes == [0o755, 0o4755]
+
+
+def test_list_compare_and_look_after(tmp_path, source):
+    with serving(tmp_path / "store") as server:
+        here = ("--server", server.url)
+        first = succeed("backup", source, *here, "--name", "mine")["snapshot"]
+        (source / "new\n").write_text("new")
+        (source / "5").unlink()
+        (source / "below/1").chmod(0o600)
+        (source / "below/2").write_text("other")
+        second = succeed("backup", source, *here, "--name", "mine", "--exclude", "1*")["snapshot"]
+        changes = run("diff", first, "mine", *here).stdout.splitlines()
+        assert changes == [
+            *("- 1", *(f"- 1{n}" for n in range(10)), "- 5", "- below/1"),
+            *(*(f"- below/1{n}" for n in range(10)), "M below/2", "+ new\\n"),
+        ]
+        counts = succeed("diff", first, "mine", *here)
+        assert (counts["added"], counts["removed"], counts["content"]) == (1, 23, 1)
+        lines = run("ls", first, *here, "--path", "below/3", "--path", "link").stdout.splitlines()
+        assert len(lines) == 2
+        assert re.search(r"^-rw-r--r-- .* 2 \d{4}-\d\d-\d\d .* below/3$", lines[0])
+        assert lines[1].endswith(" link -> below/1")
+        listed = run("ls", "mine", *here, "--json").stdout.splitlines()
+        assert json.loads(listed[-1]) == {"entries": len(listed) - 1}
+        assert json.loads(listed[0])["kind"] == "directory"
+        stored = succeed("stats", *here)
+        assert stored["snapshots"] == 2
+        assert stored["references"] > stored["chunks"] > 80
+        assert stored["source_bytes"] > stored["content_bytes"] > 10_000_000
+        assert "deduplication left" in run("stats", *here).stdout
+        assert succeed("verify", *here)["ok"]
+        ruled = succeed("forget", "--keep-last", 1, *here, "--dry-run")
+        assert (ruled["kept"], ruled["forgotten"]) == ([second], [first])
+        assert succeed("forget", first, *here) == {"forgotten": [first]}
+        assert succeed("gc", *here)["chunks"] > 0
+        assert succeed("verify", *here)["ok"]
+        assert succeed("restore", "mine", tmp_path / "restored", *here)["files"] == 18
+
+
+def test_over_tls(tmp_path, source):
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(
+        tmp_path / "server.pem"
+    )
+    listen = ("tls://127.0.0.1:0", "--tls-certificate", tmp_path / "server.pem")
+    with serving(tmp_path / "store", *listen) as server:
+        here = ("--server", server.url)
+        trusting = ("--tls-ca", tmp_path / "ca.pem")
+        succeed("backup", source, *here, *trusting, "--name", "mine")
+        succeed("restore", "mine", tmp_path / "restored", *here, *trusting)
+        strange = run("snapshots", *here)
+        assert (strange.status, len(strange.errors)) == (1, 1)
+        assert "certificate" in strange.stderr
+    assert same(tmp_path / "restored", source)
+
+
+def test_encrypted(tmp_path, source):
+    (tmp_path / "passphrase").write_text("correct horse\n")
+    (tmp_path / "wrong").write_text("battery staple\n")
+    with serving(tmp_path / "store") as server:
+        here = ("--server", server.url)
+        key = ("--passphrase-file", tmp_path / "passphrase")
+        early = run("backup", source, *here, *key, "--name", "mine")
+        assert (early.status, "--encrypt" in early.stderr) == (1, True)
+        succeed("backup", source, *here, *key, "--name", "mine", "--encrypt")
+        again = succeed("backup", source, *here, *key, "--name", "mine")
+        assert again["new_chunks"] == 0
+        wrong = run(
+            "restore", "mine", tmp_path / "0", *here, "--passphrase-file", tmp_path / "wrong"
+        )
+        assert (wrong.status, "passphrase" in wrong.stderr) == (1, True)
+        without = run("ls", "mine", *here)
+        assert (without.status, "encrypted" in without.stderr) == (1, True)
+        succeed("restore", "mine", tmp_path / "restored", *here, *key)
+        plain = run("backup", source, *here, "--name", "other")
+        assert (plain.status, len(plain.errors)) == (1, 1)
+        (pack,) = (tmp_path / "store/packs").iterdir()
+        content = pack.read_bytes()
+        middle = len(content) // 2
+        pack.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
+        blind = run("verify", *here)
+        assert (blind.status, "snapshot " in blind.stdout) == (1, True)
+        found = run("verify", *here, *key, "--json")
+        damaged = [json.loads(line) for line in found.stdout.splitlines()[:-1]]
+        paths = {damage["path"] for damage in damaged if damage["path"]}
+        assert paths
+        assert all((source / path).is_file() for path in paths)
+        assert f": {paths.pop()}" not in blind.stdout
+    assert same(tmp_path / "restored", source)
+    stored = b"".join(p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file())
+    for secret in (b"below", (source / "1").read_bytes()[:64], b"horse"):
+        assert secret not in stored
 
 
 def test_a_failure_is_one_line(tmp_path, source):
     with socket.create_server(("127.0.0.1", 0)) as free:
         nowhere = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/file").touch()
     with serving(tmp_path / "store") as server:
         here = ("--server", server.url)
         name = ("--name", "mine")
@@ -196,18 +321,15 @@ def test_a_failure_is_one_line(tmp_path, source):
         failures = [
             (1, "can't connect", ("backup", source, "--server", nowhere, *name)),
             (1, "can't connect", ("snapshots", "--server", nowhere)),
-            (2, "tcp://host:port", ("snapshots", "--server", "nowhere")),
             (1, "No such file", ("backup", tmp_path / "missing", *here, *name)),
             (1, "Not a directory", ("backup", source / "1", *here, *name)),
-            (2, "--name", ("backup", source, *here)),
             (1, "no snapshot", ("restore", "nobody", tmp_path / "restored", *here)),
-            (1, "is not empty", ("restore", "mine", tmp_path / "full", *here)),
+            (1, "not in the snapshot", ("restore", "mine", tmp_path / "r", "--path", "x", *here)),
+            (1, "no snapshot", ("diff", "mine", "nobody", *here)),
             (1, "Not a directory", ("restore", "mine", source / "1", *here)),
             (1, "No such file", ("restore", "mine", tmp_path / "a/b", *here)),
             (1, "used by another", ("serve", "--store", tmp_path / "store", "--listen", nowhere)),
             (1, "in use", ("serve", "--store", tmp_path / "other", "--listen", server.url)),
-            (1, "tcp://host:port", ("serve", "--store", tmp_path / "third", "--listen", "x")),
-            (2, "No such command", ("nonsense",)),
         ]
         processes = [start(*arguments) for _, _, arguments in failures]
         for (status, text, _), process in zip(failures, processes, strict=True):
@@ -217,7 +339,37 @@ def test_a_failure_is_one_line(tmp_path, source):
             assert line.startswith("error: ")
             assert text in line
     assert not (tmp_path / "restored").exists()
-    assert os.listdir(tmp_path / "full") == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "arguments"),
+    [
+        (2, "No such command", ["nonsense"]),
+        (2, "tcp://host:port", ["snapshots", "--server", "nowhere"]),
+        (1, "tcp://host:port", ["serve", "--store", "PLACE/store", "--listen", "x"]),
+        (2, "--name", ["backup", "PLACE", "--server", "URL"]),
+        (1, "no compression", [*BACKUP, "--compression", "best"]),
+        (1, "levels 1 to 19", [*BACKUP, "--compression", "zstd:99"]),
+        (1, "No such file", [*BACKUP, "--exclude-from", "/missing"]),
+        (1, "No such file", [*BACKUP, "--passphrase-file", "/missing"]),
+        (1, "is empty", [*BACKUP, "--passphrase-file", "PLACE/empty"]),
+        (1, "to encrypt takes", [*BACKUP, "--encrypt"]),
+        (2, "either snapshots or a rule", ["forget", "--server", "URL"]),
+        (2, "go with a rule", ["forget", "x", "--dry-run", "--server", "URL"]),
+        (1, "no name for a tenant", ["tenants", "add", "../x", "--tenants", "PLACE/tenants"]),
+    ],
+)
+def test_a_command_line_that_cannot_be_is_one_line_too(tmp_path, status, text, arguments):
+    (tmp_path / "empty").touch()
+    # In this process: 13 interpreters would take a while to start.
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        filled = [a.replace("PLACE", str(tmp_path)).replace("URL", url) for a in arguments]
+        with pytest.raises((Exception, BaseExceptionGroup)) as caught:
+            cli.main(filled, standalone_mode=False)
+    told = verdict(caught.value)
+    assert told[0] == status
+    assert text in told[1]
 
 
 @pytest.mark.parametrize("sent", [1_000, 5_000_000])
@@ -228,7 +380,9 @@ def test_a_client_killed_in_the_middle_leaves_nothing_visible(tmp_path, source, 
             clients.append(start("backup", source, "--server", url, "--name", "mine"))
             assert Finished(clients[0]).status == -signal.SIGKILL
         assert succeed("snapshots", "--server", server.url) == {"snapshots": []}
-        succeed("backup", source, "--server", server.url, "--name", "mine")
+        again = succeed("backup", source, "--server", server.url, "--name", "mine")
+        if sent > 1_000_000:  # what was acknowledged is not sent again
+            assert again["new_bytes"] < 9_000_000
         succeed("restore", "mine", tmp_path / "restored", "--server", server.url)
     assert same(tmp_path / "restored", source)
 

@@ -9,7 +9,8 @@ import pytest
 
 from examples.backup.chunks import LIMIT, Chunk
 from examples.backup.errors import PackError
-from examples.backup.packs import HEADER, MAGIC, Location, Packs
+from examples.backup.interfaces import Location
+from examples.backup.packs import HEADER, MAGIC, Packs
 
 
 def chunk(number: int, size: int = 20) -> Chunk:
@@ -176,3 +177,28 @@ def test_a_write_that_failed_does_not_harm_those_before(directory):
         second = packs.append(CHUNKS[3:])
         packs.sync()
         assert list(packs.read(first + second)) == CHUNKS
+
+
+def test_packs_are_told_of_before_they_are_made(directory):
+    told = []
+
+    def register(number: int) -> None:
+        assert not (directory / f"{number:08}.pack").exists()
+        told.append(number)
+
+    packs = Packs(directory, 100, register=register)
+    try:
+        for one in CHUNKS:
+            packs.append([one])
+    finally:
+        packs.close()
+    assert told == [1, 2, 3]
+
+
+def test_the_number_of_a_pack_that_was_removed_is_known_from_elsewhere(directory):
+    packs = Packs(directory, last=7)
+    try:
+        (location,) = packs.append(CHUNKS[:1])
+    finally:
+        packs.close()
+    assert location.pack == 8

@@ -1,6 +1,5 @@
-"""A store: whole trees through it, many threads, and death at any moment."""
+"""A store: chunks and snapshots through it, many threads, and death at any moment."""
 
-import os
 import random
 import subprocess
 import sys
@@ -8,92 +7,40 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.backup import chunks, tree
+from examples.backup import pages
 from examples.backup.catalogue import Catalogue
-from examples.backup.chunks import Chunk, Codec, chunk_id
+from examples.backup.chunks import LIMIT, MAX_OVERHEAD, SEALED, Chunk, chunk_id
+from examples.backup.crypt import Keys
+from examples.backup.directory import Directory
 from examples.backup.errors import (
     BackupError,
     ChunkError,
+    KeyExists,
     PackError,
+    PageError,
     StoreFailed,
     StoreLocked,
     UnknownChunks,
 )
 from examples.backup.packs import Packs
 from examples.backup.store import Store
-from examples.backup.target import Target
-from examples.backup.tree import Entry, Kind
-
-CODEC = Codec()
+from tests.examples.stores import ROOT, chunk, commit, ids, page_of, put, there
 
 
-def chunk(seed: int, size: int = 1000) -> Chunk:
-    content = random.Random(seed).randbytes(size)
-    return CODEC.encode(chunk_id(content), content)
-
-
-def back_up(store: Store, root: Path, name: str):
-    def entries():
-        for found in tree.scan(os.fsencode(root)):
-            assert isinstance(found, Entry)
-            if found.kind is not Kind.FILE:
-                yield found
-                continue
-            with tree.opened(os.fsencode(root), found) as (fd, entry):
-                pieces = [(chunk_id(piece), piece) for piece in chunks.split(fd, entry.size)]
-            store.put_many([CODEC.encode(id, piece) for id, piece in pieces])
-            yield from tree.parts(entry, ((id, len(piece)) for id, piece in pieces))
-
-    return store.commit_snapshot(name, entries())
-
-
-def restore(store: Store, id: str, place: Path) -> None:
-    with Target(os.fsencode(place)) as target:
-        for entry in store.entries(id):
-            if entry.kind is not Kind.FILE:
-                target.add(entry)
-                continue
-            output, offset = target.open(entry), 0
-            for found in store.read_chunks(entry.chunks):
-                output.write(offset, CODEC.decode(found))
-                offset += found.size
-            output.finish()
-        target.finish()
-
-
-def described(root: Path) -> list[tuple[object, ...]]:
-    found = []
-    for entry in tree.scan(os.fsencode(root)):
-        assert isinstance(entry, Entry)
-        full = os.path.join(os.fsencode(root), entry.path)
-        content = Path(os.fsdecode(full)).read_bytes() if entry.kind is Kind.FILE else b""
-        found.append((entry, content))
-    return found
-
-
-def test_a_tree_comes_back_as_it_was(tmp_path):
-    source = tmp_path / "source"
-    (source / "d/e").mkdir(parents=True)
-    (source / "d/large").write_bytes(random.Random(1).randbytes(3_000_000))
-    (source / "d/e/empty").touch()
-    (source / "d/e/text").write_text("words " * 10_000)
-    (source / "link").symlink_to("d/large")
-    (source / "d").chmod(0o750)
-    with Store(tmp_path / "store") as store:
-        first = back_up(store, source, "name")
-        before = described(source)
-        (source / "d/large").write_bytes(random.Random(1).randbytes(2_999_999) + b"!")
-        second = back_up(store, source, "name")
-    with Store(tmp_path / "store") as store:
+def test_snapshots_come_back_as_they_were(tmp_path):
+    with Store(tmp_path) as store:
+        put(store, range(10))
+        first = commit(store, "name", range(8))
+        second = commit(store, "name", range(5, 10))
+    with Store(tmp_path) as store:
         assert store.snapshots() == [first, second]
         assert store.find("name") == second
-        restore(store, first.id, tmp_path / "first")
-        restore(store, second.id, tmp_path / "second")
-    assert described(tmp_path / "first") == before
-    assert described(tmp_path / "second") == described(source)
+        for snapshot, seeds in ((first, range(8)), (second, range(5, 10))):
+            assert list(store.pages(snapshot.id)) == [pages.encode([ROOT]), page_of(*seeds)]
+            assert list(store.read_chunks(ids(*seeds))) == [chunk(seed) for seed in seeds]
 
 
 def test_only_new_chunks_are_stored(tmp_path):
@@ -177,19 +124,41 @@ def test_damage_in_a_pack_is_found(tmp_path):
             list(store.read_chunks([chunk(1).id]))
 
 
-def test_a_snapshot_whose_source_fails_is_not_kept(tmp_path):
-    def entries():
-        yield Entry(b"", Kind.DIRECTORY, 0o755, 0)
-        raise OSError("the network is gone")
-
+def test_what_is_not_encrypted_is_refused_where_all_has_to_be(tmp_path):
+    keys = Keys(bytes(32))
+    sealed = Chunk(keys.id(b"content"), 7, SEALED + keys.chunks.seal(b"\0content", b"aad"))
     with Store(tmp_path) as store:
-        with pytest.raises(OSError, match="gone"):
-            store.commit_snapshot("name", entries())
-        assert store.snapshots() == []
+        with pytest.raises(ChunkError):
+            store.put_many([sealed])
+        assert store.key() == b""
+        store.set_key(b"wrapped")
+        with pytest.raises(KeyExists):
+            store.set_key(b"another")
+    with Store(tmp_path) as store:
+        assert store.key() == b"wrapped"
+        assert store.put_many([sealed]) == 1
+        for wrong in (
+            chunk(1),
+            sealed._replace(id=b"short"),
+            sealed._replace(id=chunk(1).id, size=0),
+            sealed._replace(id=chunk(1).id, size=LIMIT + 1),
+            sealed._replace(id=chunk(1).id, data=SEALED + bytes(7 + MAX_OVERHEAD)),
+        ):
+            with pytest.raises(ChunkError):
+                store.put_many([wrong])
+        with pytest.raises(PageError, match="not encrypted"):
+            store.begin("name").add([page_of()])
+        entry = ROOT._replace(path=b"secret")
+        draft = store.begin("name")
+        draft.add([pages.encode([entry], keys.pages)])
+        snapshot = draft.commit()
+        (page,) = store.pages(snapshot.id)
+        assert pages.decode(page.data, page.chunks, keys.pages) == [entry]
+    assert not any(b"secret" in path.read_bytes() for path in tmp_path.glob("catalogue*"))
 
 
 def test_the_catalogue_can_be_made_again_from_the_packs(tmp_path):
-    with Store(tmp_path, pack_limit=5000) as store:
+    with Store(Directory(tmp_path, pack_limit=5000)) as store:
         store.put_many([chunk(n) for n in range(3)])
         for n in range(3, 20):
             store.put_many([chunk(n)])
@@ -205,6 +174,31 @@ def test_the_catalogue_can_be_made_again_from_the_packs(tmp_path):
         assert list(store.read_chunks([one.id for one in every])) == every
 
 
+def test_what_the_catalogue_lost_in_a_crash_of_the_machine_is_read_from_the_packs(tmp_path):
+    """Puts wait for the packs to be durable, and not for the catalogue's log."""
+
+    def catalogue() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.glob("catalogue.*[!m]")}
+
+    with Store(Directory(tmp_path, pack_limit=3_000)) as store:
+        put(store, [1])
+        before = catalogue()
+        for seed in range(2, 12):
+            put(store, [seed])
+    for path in tmp_path.glob("catalogue.*"):
+        path.unlink()
+    for path, content in before.items():
+        path.write_bytes(content)
+    # Of later packs the catalogue would know, since it waits for the disk before one is made.
+    with Store(Directory(tmp_path, pack_limit=3_000)) as store:
+        assert there(store, range(1, 12)) == [1, 2, 3]
+        assert list(store.read_chunks(ids(1, 2, 3))) == [chunk(1), chunk(2), chunk(3)]
+        put(store, range(1, 12))
+        commit(store, "name", range(1, 12))
+    with Store(tmp_path) as store:
+        assert there(store, range(1, 12)) == list(range(1, 12))
+
+
 WRITER = """
 import os
 import sys
@@ -212,9 +206,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from examples.backup.chunks import Codec, chunk_id
+from examples.backup.directory import Directory
 from examples.backup.store import Store
 
-store = Store(Path(sys.argv[1]), pack_limit=2_000)
+store = Store(Directory(Path(sys.argv[1]), pack_limit=2_000))
 
 def put(number):
     content = number.to_bytes(4, "big")
@@ -245,6 +240,7 @@ def test_what_was_acknowledged_survives_being_killed(tmp_path):
     assert len(acknowledged) == 5 * 37
 
 
+@settings(max_examples=30)
 @given(st.binary(max_size=200), st.integers(0, 3000))
 def test_a_pack_with_anything_at_its_end_is_left_alone(tmp_path_factory, tail, size):
     place = tmp_path_factory.mktemp("store")

@@ -1,6 +1,9 @@
 """Restoring into a directory, whatever the snapshot says."""
 
 import os
+import pwd
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.backup.errors import RestoreError, UnsafePath
-from examples.backup.target import Target, components
-from examples.backup.tree import Entry, Kind
+from examples.backup.output import Rules
+from examples.backup.target import OPEN_PARENTS, Target, components
+from examples.backup.tree import Entry, Kind, Skipped
 
 TIME = 1_234_567_890_123_456_789
 
@@ -232,9 +236,12 @@ def test_what_cannot_be_opened_is_named(target, entry):
     ],
 )
 def test_what_cannot_be_finished_is_named(target, entry):
-    target.add(entry)
-    with pytest.raises(RestoreError) as caught:
+    def restore() -> None:
+        target.add(entry)
         target.finish()
+
+    with pytest.raises(RestoreError) as caught:
+        restore()
     assert caught.value.path == entry.path
 
 
@@ -263,3 +270,161 @@ def test_the_destination_may_exist_and_its_parent_must(tmp_path):
     Target(os.fsencode(tmp_path / "there")).close()
     with pytest.raises(FileNotFoundError):
         Target(os.fsencode(tmp_path / "not/there"))
+
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root may")
+
+
+@pytest.fixture
+def reports() -> list[Skipped]:
+    return []
+
+
+def test_hard_links_are_made_last_and_only_of_files_inside(place, target):
+    write(target, b"a", b"content")
+    target.add(directory(b"d"))
+    target.add(file(b"d/b", 7)._replace(link=b"a"))
+    target.finish()
+    assert (place / "a").stat().st_ino == (place / "d/b").stat().st_ino
+    with pytest.raises(UnsafePath):
+        target.add(file(b"d/c")._replace(link=b"../a"))
+
+
+@pytest.mark.parametrize("planted", ["a link", "another file", "nothing"])
+def test_what_somebody_put_in_the_place_of_a_links_file_is_refused(
+    tmp_path, place, target, planted
+):
+    (tmp_path / "secret").write_text("a secret")
+    write(target, b"a", b"content")
+    target.add(file(b"b", 7)._replace(link=b"a"))
+    (place / "a").unlink()
+    if planted == "a link":
+        (place / "a").symlink_to(tmp_path / "secret")
+    elif planted == "another file":
+        os.link(tmp_path / "secret", place / "a")
+    with pytest.raises(RestoreError, match=r"^b: "):
+        target.finish()
+
+
+def test_holes_take_no_space_and_may_end_a_file(place, target):
+    size = 1 << 30
+    output = target.open(file(b"sparse", size))
+    output.skip(0, size - 8192)
+    output.write(size - 8192, b"x" * 4096)
+    output.skip(size - 4096, 4096)
+    output.finish()
+    status = (place / "sparse").stat()
+    assert status.st_size == size
+    assert status.st_blocks * 512 < 1_000_000
+    for offset, length in ((-1, 5), (0, size + 1), (size, 1), (5, -1)):
+        again = target.open(file(b"other", size))
+        with pytest.raises(RestoreError, match="outside"):
+            again.skip(offset, length)
+        again.close()
+
+
+def test_extended_attributes_are_set_and_those_that_cannot_be_are_reported(place, reports):
+    xattrs = ((b"nonsense", b"x"), (b"security.capability", b"x"), (b"user.a", b"1"))
+    with Target(os.fsencode(place), report=reports.append) as target:
+        target.add(directory(b"", 0o755)._replace(xattrs=xattrs[2:]))
+        output = target.open(file(b"f")._replace(xattrs=xattrs))
+        output.finish()
+        target.finish()
+    assert os.getxattr(place / "f", "user.a") == os.getxattr(place, "user.a") == b"1"
+    assert os.listxattr(place / "f") == ["user.a"]
+    assert [report.path for report in reports] == [b"f", b"f"]
+    assert "nonsense" in reports[0].reason
+    assert "only if asked" in reports[1].reason
+
+
+def test_special_permissions_are_restored_if_asked_for_and_else_reported(tmp_path, reports):
+    for special in (False, True):
+        place = tmp_path / f"{special}"
+        rules = Rules(owner=False, special=special)
+        with Target(os.fsencode(place), rules, reports.append) as target:
+            target.add(directory(b"d", 0o1777))
+            write(target, b"d/program", b"", 0o4755)
+            target.finish()
+        mode = (place / "d/program").stat().st_mode & 0o7777
+        assert mode == (0o4755 if special else 0o755)
+    assert [report.path for report in reports] == [b"d/program", b"d"]
+
+
+@root_only
+def test_owners_are_restored_by_name_or_else_by_number(tmp_path):
+    for owner in (True, False):
+        place = tmp_path / f"{owner}"
+        with Target(os.fsencode(place), Rules(owner=owner)) as target:
+            numbered = file(b"f")._replace(uid=12345, gid=54321, user="no such user")
+            target.open(numbered).finish()
+            target.open(file(b"g")._replace(uid=777, user="daemon", group="daemon")).finish()
+            target.add(link(b"l", b"x")._replace(uid=12345, gid=54321))
+            target.finish()
+        found = {p.name: (p.lstat().st_uid, p.lstat().st_gid) for p in place.iterdir()}
+        daemon = pwd.getpwnam("daemon")
+        if owner:
+            theirs = (12345, 54321)
+            assert found == {"f": theirs, "g": (daemon.pw_uid, daemon.pw_gid), "l": theirs}
+        else:
+            assert set(found.values()) == {(os.geteuid(), os.getegid())}
+
+
+def test_fifos_are_restored_and_devices_if_asked_for(place, reports):
+    null = Entry(b"null", Kind.CHARACTER_DEVICE, 0o666, TIME, device=os.makedev(1, 3))
+    with Target(os.fsencode(place), report=reports.append) as target:
+        target.add(Entry(b"fifo", Kind.FIFO, 0o640, TIME))
+        target.add(null)
+    status = (place / "fifo").stat()
+    assert stat.S_ISFIFO(status.st_mode)
+    assert (status.st_mode & 0o777, status.st_mtime_ns) == (0o640, TIME)
+    assert not (place / "null").exists()
+    assert [report.path for report in reports] == [b"null"]
+    if os.geteuid() == 0:
+        with Target(os.fsencode(place), Rules(devices=True)) as target:
+            target.add(null)
+        assert (place / "null").stat().st_rdev == os.makedev(1, 3)
+        assert (place / "null").stat().st_mode & 0o777 == 0o666
+
+
+def test_only_regular_files_of_the_same_size_are_candidates_for_equal(tmp_path, place, target):
+    (place / "f").write_text("12345")
+    (place / "link").symlink_to("f")
+    os.mkfifo(place / "fifo")
+    for path, size, there in (
+        (b"f", 5, True),
+        (b"f", 4, False),
+        (b"link", 5, False),
+        (b"fifo", 0, False),
+        (b"nothing", 0, False),
+    ):
+        with target.existing(file(path, size)) as fd:
+            assert (fd is not None) == there
+    for path in (b"", b"../" + os.fsencode(tmp_path.name)):
+        with pytest.raises(UnsafePath), target.existing(file(path)):
+            pass
+
+
+def test_more_directories_than_are_kept_open(place, target):
+    wide = [b"%d" % number for number in range(2 * OPEN_PARENTS)]
+    for name in wide:
+        target.add(directory(name))
+        target.add(directory(name + b"/below"))
+    for name in [*wide, *reversed(wide)]:
+        write(target, name + b"/below/file", name)
+    before = len(os.listdir("/proc/self/fd"))
+    target.finish()
+    target.close()
+    assert len(os.listdir("/proc/self/fd")) < before
+    assert all((place / os.fsdecode(n) / "below/file").read_bytes() == n for n in wide)
+
+
+def test_many_threads_write_files_at_the_same_time(place, target):
+    def put(number: int) -> None:
+        write(target, b"%d/f%d" % (number % 7, number), b"%d" % number)
+
+    for number in range(7):
+        target.add(directory(b"%d" % number))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(put, range(300)))
+    target.finish()
+    assert sorted(int(path.read_bytes()) for path in place.rglob("f*")) == list(range(300))

@@ -1,0 +1,1 @@
+"""The reference backup beside restic and borg. See ../README.md."""

@@ -1,0 +1,169 @@
+"""Reading a tree: while it changes, where it may not be read, and in how much memory."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from examples.backup import pages
+from examples.backup.cache import LastSnapshot, NextCache
+from examples.backup.chunks import Codec
+from examples.backup.reader import BATCH_PAGES, BATCH_SIZE, Batch, Reader
+from examples.backup.tree import Entry, Skipped, check_last, check_next
+
+
+def read(root: Path, deliver: Callable[[Batch], None]) -> list[Batch]:
+    batches: list[Batch] = []
+
+    def take(batch: Batch) -> None:
+        batches.append(batch)
+        deliver(batch)
+
+    codec = Codec()
+    Reader(os.fsencode(root), take, codec, None, LastSnapshot(None), NextCache(None)).run()
+    return batches
+
+
+def entries(batches: list[Batch]) -> list[Entry]:
+    found: list[Entry] = []
+    for batch in batches:
+        for page in batch.pages:
+            assert not isinstance(page, int)
+            found.extend(pages.decode(page.data, page.chunks))
+    last = None
+    for entry in found:
+        check_next(last, entry)
+        last = entry
+    check_last(last)
+    return found
+
+
+def skipped(batches: list[Batch]) -> list[Skipped]:
+    return [item for batch in batches for item in batch.skipped]
+
+
+def once(act: Callable[[], object]) -> Callable[[Batch], None]:
+    acts = [act]
+    return lambda _: acts.pop()() if acts else None
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in "abc":
+        (tmp_path / name).write_bytes(os.urandom(2 * BATCH_SIZE))
+    return tmp_path
+
+
+def test_every_chunk_comes_with_or_before_the_pages_that_name_it(root):
+    (root / "again").write_bytes((root / "a").read_bytes())
+    known: set[bytes] = set()
+    for batch in read(root, lambda _: None):
+        assert not known & set(batch.contents)
+        known.update(batch.contents)
+        assert batch.size < BATCH_SIZE + 1_000_000
+        for page in batch.pages:
+            assert not isinstance(page, int)
+            assert known >= page.ids()
+
+
+def test_a_file_that_grows_while_it_is_read_is_reported_and_kept_as_it_was(root):
+    def grow() -> None:
+        with (root / "a").open("ab") as file:
+            file.write(b"more")
+
+    size = (root / "a").stat().st_size
+    batches = read(root, once(grow))
+    assert skipped(batches) == [Skipped(b"a", "changed while it was read")]
+    found = {entry.path: entry.size for entry in entries(batches)}
+    assert found == {b"": 0, b"a": size, b"b": size, b"c": size}
+
+
+def test_a_file_that_shrinks_while_it_is_read_ends_where_it_ended(root):
+    batches = read(root, once(lambda: os.truncate(root / "a", 1000)))
+    assert skipped(batches) == [Skipped(b"a", "changed while it was read")]
+    size = next(entry.size for entry in entries(batches) if entry.path == b"a")
+    assert BATCH_SIZE <= size < 2 * BATCH_SIZE
+
+
+def test_a_file_that_vanishes_is_reported_and_the_rest_goes_on(root):
+    batches = read(root, once((root / "b").unlink))
+    assert skipped(batches) == [Skipped(b"b", "No such file or directory")]
+    assert [entry.path for entry in entries(batches)] == [b"", b"a", b"c"]
+
+
+def test_a_file_that_becomes_something_else_is_reported_and_the_rest_goes_on(root):
+    def replace() -> None:
+        (root / "b").unlink()
+        os.mkfifo(root / "b")
+
+    batches = read(root, once(replace))
+    # It was either seen before, as a file, or after.
+    assert [item.path for item in skipped(batches)] in ([b"b"], [])
+    assert {b"", b"a", b"c"} <= {entry.path for entry in entries(batches)}
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_may_not_be_read_is_reported_and_the_rest_goes_on(tmp_path):
+    root = tmp_path / "root"
+    (root / "shut").mkdir(parents=True)
+    for name in ("a", "b", "shut/c", "z"):
+        (root / name).write_text("content")
+    for parent in (*tmp_path.parents, tmp_path):
+        if parent.stat().st_uid == os.getuid() and "pytest" in parent.name:
+            parent.chmod(0o755)
+    tmp_path.chmod(0o755)
+    (root / "b").chmod(0)
+    (root / "shut").chmod(0)
+    try:
+        with as_nobody():
+            batches = read(root, lambda _: None)
+    finally:
+        (root / "shut").chmod(0o755)
+    assert {(item.path, item.reason) for item in skipped(batches)} == {
+        (b"b", "Permission denied"),
+        (b"shut", "Permission denied"),
+    }
+    # The directory itself is known.
+    assert [entry.path for entry in entries(batches)] == [b"", b"a", b"shut", b"z"]
+
+
+def test_many_small_files_are_delivered_before_they_are_all_read(tmp_path):
+    for number in range(5000):
+        (tmp_path / f"{number}").touch()
+    batches = read(tmp_path, lambda _: None)
+    assert len(entries(batches)) == 5001
+    assert all(len(batch.pages) <= BATCH_PAGES for batch in batches)
+    assert len(batches) > 5
+
+
+def test_memory_is_bounded_by_whoever_takes_the_batches(root):
+    waiting, go = threading.Event(), threading.Semaphore(0)
+    taken: list[int] = []
+
+    def deliver(batch: Batch) -> None:
+        taken.append(batch.size)
+        waiting.set()
+        go.acquire()
+
+    reader = threading.Thread(target=read, args=(root, deliver))
+    reader.start()
+    waiting.wait()
+    assert len(taken) == 1
+    for _ in range(100):
+        go.release()
+    reader.join()
+    assert sum(taken) == 6 * BATCH_SIZE
