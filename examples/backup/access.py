@@ -54,6 +54,18 @@ class Access:
         usual = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return Path(usual) / "druvarpc-backup"
 
+    def check(self, *, encrypt: bool = False) -> None:
+        """Checks, before anything else is done, that the secrets can be had.
+
+        Raises:
+            KeyRefused: There is to be encrypted, and no passphrase.
+            BackupError: A file has none.
+            OSError: A file cannot be read.
+        """
+        self.token()
+        if self.passphrase() is None and encrypt:
+            raise KeyRefused("to encrypt takes --passphrase-file or DRUVARPC_BACKUP_PASSPHRASE")
+
 
 def _secret(path: Path | None, variable: str) -> str | None:
     if path is None:
@@ -69,7 +81,9 @@ def run(access: Access, act: Callable[[druvarpc.Client], Awaitable[T]]) -> T:
 
     Raises:
         Interrupted: SIGINT or SIGTERM came, and what ran was cancelled.
+        BackupError: The server's URL is none, or nobody answers there; or a secret is missing.
     """
+    access.check()
     return trio.run(_until_signal, partial(_connected, access, act))
 
 
@@ -86,8 +100,6 @@ async def keys(access: Access, client: druvarpc.Client, *, create: bool = False)
     """
     passphrase = access.passphrase()
     if passphrase is None:
-        if create:
-            raise KeyRefused("to encrypt takes --passphrase-file or DRUVARPC_BACKUP_PASSPHRASE")
         return None
     store = client.stub(BackupStore)
     wrapped = await store.key()
@@ -125,7 +137,8 @@ async def _connected(access: Access, act: Callable[[druvarpc.Client], Awaitable[
     async with AsyncExitStack() as stack:
         try:
             tls = druvarpc.TLS(authorities=access.tls_ca) if access.tls_ca else None
-            client = await stack.enter_async_context(druvarpc.connect(access.server, tls=tls))
+            connecting = druvarpc.connect(access.server, token=access.token(), tls=tls)
+            client = await stack.enter_async_context(connecting)
         except ValueError as error:
             raise BadAddress(str(error)) from error
         except druvarpc.ConnectionLost as error:

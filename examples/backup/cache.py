@@ -18,7 +18,8 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from io import BufferedWriter
 from pathlib import Path
 from struct import Struct
 from types import TracebackType
@@ -228,23 +229,29 @@ class LastSnapshot:
 
 
 class NextCache:
-    """The cache that a backup leaves.
+    """The cache that a backup leaves. If it cannot be written, the backup goes on without.
 
     Args:
         path: Where it will be; nothing is written if there is none.
         clock: Nanoseconds since 1970.
+
+    Attributes:
+        error: Why it could not be written, if so.
     """
 
     def __init__(self, path: Path | None, clock: Callable[[], int] = time.time_ns) -> None:
         self._path = path
         self._clock = clock
-        self._file = None
+        self._file: BufferedWriter | None = None
+        self.error: OSError | None = None
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # One for each process, should several back up the same.
             self._new = path.with_name(f"{path.name}.{os.getpid()}.new")
-            fd = os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            self._file = os.fdopen(fd, "wb")
-            self._file.write(MAGIC + bytes(ID_SIZE))
+            with self._enduring():
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                fd = os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                self._file = os.fdopen(fd, "wb")
+                self._file.write(MAGIC + bytes(ID_SIZE))
 
     def __enter__(self) -> Self:
         return self
@@ -255,10 +262,7 @@ class NextCache:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-            with suppress(FileNotFoundError):
-                self._new.unlink()
+        self._drop()
 
     def stat(self, found: Found) -> Stat:
         """Returns what will tell if an entry is the same.
@@ -280,13 +284,31 @@ class NextCache:
     def copy(self, record: bytes) -> None:
         """Adds the next page, as a record of the last cache."""
         if self._file is not None:
-            self._file.write(_RECORD.pack(len(record), blake3(record).digest(16)))
-            self._file.write(record)
+            with self._enduring():
+                self._file.write(_RECORD.pack(len(record), blake3(record).digest(16)) + record)
 
     def keep(self, snapshot: str) -> None:
         """Puts it in its place, as that of this snapshot."""
         if self._file is not None and self._path is not None:
-            self._file.seek(len(MAGIC))
-            self._file.write(bytes.fromhex(snapshot))
-            self._file.close()
-            self._new.replace(self._path)
+            with self._enduring():
+                self._file.seek(len(MAGIC))
+                self._file.write(bytes.fromhex(snapshot))
+                self._file.close()
+                self._new.replace(self._path)
+                self._file = None
+
+    @contextmanager
+    def _enduring(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = error
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+            with suppress(OSError):
+                self._new.unlink()
+            self._file = None

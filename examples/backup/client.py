@@ -138,7 +138,7 @@ async def back_up(
             attempt, of an object that always says how far it is.
 
     Raises:
-        OSError: The root is no directory, or cannot be read; the cache cannot be written.
+        OSError: The root is no directory, or cannot be read.
         BackupError: The server's answers make no sense.
         RpcError: The server refused, failed or went away.
     """
@@ -204,6 +204,9 @@ class _Run:
             self.based = bool(last.snapshot)
             snapshot = await self._stages(root, name, last, following)
             following.keep(snapshot.id)
+            if following.error is not None:
+                reason = f"the cache cannot be written: {following.error.strerror}"
+                self._watch(Skipped(os.fsencode(cache or ""), reason))
         return snapshot
 
     async def _stages(

@@ -63,6 +63,7 @@ def backup(access: Access, request: BackupRequest, as_json: bool) -> int:
     os.listdir(request.path)
     compression = compression_of(request.compression)
     excluded = excluding(request.exclude, request.exclude_from)
+    access.check(encrypt=request.encrypt)
     reporter = Reporter("backup", as_json=as_json)
 
     async def act(client: druvarpc.Client) -> backups.Backup:

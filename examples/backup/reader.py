@@ -115,7 +115,7 @@ class Reader:
         """Reads all of it.
 
         Raises:
-            OSError: The root is no directory, or cannot be read; the cache cannot be written.
+            OSError: The root is no directory, or cannot be read.
             CacheDamaged: The last snapshot's.
         """
         for found in tree.scan(self._root, self._excluded):

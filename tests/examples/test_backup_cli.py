@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 import trustme
 
+from examples.backup.cli import cli, verdict
+
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[2]
+BACKUP = ["backup", "PLACE", "--name", "mine", "--server", "URL"]
 COMMAND = [sys.executable, "-m", "examples.backup"]
 
 
@@ -318,24 +321,15 @@ def test_a_failure_is_one_line(tmp_path, source):
         failures = [
             (1, "can't connect", ("backup", source, "--server", nowhere, *name)),
             (1, "can't connect", ("snapshots", "--server", nowhere)),
-            (2, "tcp://host:port", ("snapshots", "--server", "nowhere")),
             (1, "No such file", ("backup", tmp_path / "missing", *here, *name)),
             (1, "Not a directory", ("backup", source / "1", *here, *name)),
-            (2, "--name", ("backup", source, *here)),
             (1, "no snapshot", ("restore", "nobody", tmp_path / "restored", *here)),
             (1, "not in the snapshot", ("restore", "mine", tmp_path / "r", "--path", "x", *here)),
-            (1, "no compression", ("backup", source, *here, *name, "--compression", "best")),
-            (1, "levels 1 to 19", ("backup", source, *here, *name, "--compression", "zstd:99")),
-            (1, "No such file", ("backup", source, *here, *name, "--exclude-from", "/missing")),
-            (1, "to encrypt takes", ("backup", source, *here, *name, "--encrypt")),
-            (2, "either snapshots or a rule", ("forget", *here)),
             (1, "no snapshot", ("diff", "mine", "nobody", *here)),
             (1, "Not a directory", ("restore", "mine", source / "1", *here)),
             (1, "No such file", ("restore", "mine", tmp_path / "a/b", *here)),
             (1, "used by another", ("serve", "--store", tmp_path / "store", "--listen", nowhere)),
             (1, "in use", ("serve", "--store", tmp_path / "other", "--listen", server.url)),
-            (1, "tcp://host:port", ("serve", "--store", tmp_path / "third", "--listen", "x")),
-            (2, "No such command", ("nonsense",)),
         ]
         processes = [start(*arguments) for _, _, arguments in failures]
         for (status, text, _), process in zip(failures, processes, strict=True):
@@ -345,6 +339,37 @@ def test_a_failure_is_one_line(tmp_path, source):
             assert line.startswith("error: ")
             assert text in line
     assert not (tmp_path / "restored").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "arguments"),
+    [
+        (2, "No such command", ["nonsense"]),
+        (2, "tcp://host:port", ["snapshots", "--server", "nowhere"]),
+        (1, "tcp://host:port", ["serve", "--store", "PLACE/store", "--listen", "x"]),
+        (2, "--name", ["backup", "PLACE", "--server", "URL"]),
+        (1, "no compression", [*BACKUP, "--compression", "best"]),
+        (1, "levels 1 to 19", [*BACKUP, "--compression", "zstd:99"]),
+        (1, "No such file", [*BACKUP, "--exclude-from", "/missing"]),
+        (1, "No such file", [*BACKUP, "--passphrase-file", "/missing"]),
+        (1, "is empty", [*BACKUP, "--passphrase-file", "PLACE/empty"]),
+        (1, "to encrypt takes", [*BACKUP, "--encrypt"]),
+        (2, "either snapshots or a rule", ["forget", "--server", "URL"]),
+        (2, "go with a rule", ["forget", "x", "--dry-run", "--server", "URL"]),
+        (1, "no name for a tenant", ["tenants", "add", "../x", "--tenants", "PLACE/tenants"]),
+    ],
+)
+def test_a_command_line_that_cannot_be_is_one_line_too(tmp_path, status, text, arguments):
+    (tmp_path / "empty").touch()
+    # In this process: 13 interpreters would take a while to start.
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        filled = [a.replace("PLACE", str(tmp_path)).replace("URL", url) for a in arguments]
+        with pytest.raises((Exception, BaseExceptionGroup)) as caught:
+            cli.main(filled, standalone_mode=False)
+    told = verdict(caught.value)
+    assert told[0] == status
+    assert text in told[1]
 
 
 @pytest.mark.parametrize("sent", [1_000, 5_000_000])

@@ -174,7 +174,7 @@ async def test_a_file_that_was_just_written_is_read_again(place):
         assert again.new_chunks == 0
 
 
-@pytest.mark.parametrize("damage", ["none", "a bit", "half", "empty", "another", "a directory"])
+@pytest.mark.parametrize("damage", ["none", "a bit", "half", "empty", "another"])
 async def test_a_cache_that_is_lost_or_damaged_costs_time_only(place, damage):
     async with served(place.path / "store") as client:
         await place.back_up(client)
@@ -191,8 +191,18 @@ async def test_a_cache_that_is_lost_or_damaged_costs_time_only(place, damage):
         (place.source / "d/777").write_text("changed")
         did = await place.back_up(client)
         assert did.snapshot.files == 1501
-        assert (did.unchanged > 0) == (damage in ("a bit", "half", "a directory"))
+        assert (did.unchanged > 0) == (damage in ("a bit", "half"))
         assert await place.restored(client) == described(place.source)
+
+
+async def test_a_cache_that_cannot_be_written_is_told_and_done_without(place):
+    place.cache.parent.write_text("a file where a directory should be")
+    told: list[object] = []
+    async with served(place.path / "store") as client:
+        options = Options(place.cache)
+        did = await back_up(client, os.fsencode(place.source), "name", options, told.append)
+    assert (did.snapshot.files, did.skipped) == (1501, 0)
+    assert str(told[-1]).count("the cache cannot be written") == 1
 
 
 async def test_a_base_that_was_forgotten_is_done_without(place):
