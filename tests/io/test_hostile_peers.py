@@ -355,7 +355,7 @@ async def test_a_client_is_not_harmed_by_a_hostile_server(caplog):
         with memory_within(8_000_000):
             await flood_and_listen(peer, frame(PING, id=1) * 1000)
 
-    async with raw_server(hostile) as address, druvarpc.connect(address) as client:
+    async with raw_server(hostile) as address, druvarpc.connect(address, reconnect=False) as client:
         with trio.fail_after(3), pytest.raises(druvarpc.ConnectionLost, match="protocol"):
             await client.stub(Work).hold()
     assert len(caplog.records) == 1
