@@ -25,6 +25,7 @@ QUESTIONS = (
     "many_connections",
     "connecting",
     "memory",
+    "around_calls",
     "transports",
     "transports_bulk",
     "compression",

@@ -1,7 +1,9 @@
 """Async multiplexed RPC on trio: many calls in one message, and a link that is kept full."""
 
+from druvarpc.authorization import Predicate, authorize
 from druvarpc.client import Client, connect
 from druvarpc.club import Club, Part, Reply
+from druvarpc.current import CurrentCall, current_call
 from druvarpc.errors import (
     CircuitOpen,
     ConnectionLost,
@@ -11,15 +13,20 @@ from druvarpc.errors import (
     RpcError,
     Status,
 )
-from druvarpc.handlers import CurrentCall, current_call
+from druvarpc.handlers import ServerInterceptor
+from druvarpc.identity import Caller, Identity
+from druvarpc.interceptors import InterceptedCall, Proceed
+from druvarpc.outgoing import ClientInterceptor, OutgoingCall
 from druvarpc.peers import Certificate, Peer, UnixCredentials
 from druvarpc.protocol import Clubbing, Limits, Priority
+from druvarpc.replies import ReplyMetadata, reply_metadata
 from druvarpc.resilience import Balance, Breaker, Hedge, Outliers, Retry
 from druvarpc.server import Server, serve
-from druvarpc.service import Service, rpc
+from druvarpc.service import Cardinality, Service, rpc
 from druvarpc.statistics import ClubCount, Statistics
 from druvarpc.timings import CallTimes, MethodTimes
 from druvarpc.tls import TLS
+from druvarpc.tokens import Token
 from druvarpc.version import __version__
 from druvarpc.windowed import windowed
 
@@ -31,35 +38,48 @@ __all__ = [
     "Balance",
     "Breaker",
     "CallTimes",
+    "Caller",
+    "Cardinality",
     "Certificate",
     "CircuitOpen",
     "Client",
+    "ClientInterceptor",
     "Club",
     "ClubCount",
     "Clubbing",
     "ConnectionLost",
     "CurrentCall",
     "Hedge",
+    "Identity",
+    "InterceptedCall",
     "Limits",
     "LocalProtocolError",
     "MethodTimes",
+    "OutgoingCall",
     "Outliers",
     "Part",
     "Peer",
+    "Predicate",
     "Priority",
+    "Proceed",
     "ProtocolError",
     "RemoteProtocolError",
     "Reply",
+    "ReplyMetadata",
     "Retry",
     "RpcError",
     "Server",
+    "ServerInterceptor",
     "Service",
     "Statistics",
     "Status",
+    "Token",
     "UnixCredentials",
     "__version__",
+    "authorize",
     "connect",
     "current_call",
+    "reply_metadata",
     "rpc",
     "serve",
     "windowed",

@@ -16,10 +16,12 @@ from trio.lowlevel import Abort, RaiseCancelT, Task, reschedule
 
 from druvarpc.codec import printable
 from druvarpc.errors import ConnectionLost, LocalProtocolError, RpcError, Status
+from druvarpc.outgoing import ClientInterceptor
 from druvarpc.pipe import Pipe
 from druvarpc.protocol import (
     Event,
     GoAwayReceived,
+    MetadataReceived,
     Outcome,
     Priority,
     Readable,
@@ -31,6 +33,8 @@ from druvarpc.protocol import (
     Times,
     Writable,
 )
+from druvarpc.protocol.frames import Metadata
+from druvarpc.replies import collecting
 from druvarpc.resilience import Hedge, Retry
 from druvarpc.session import Session
 from druvarpc.statistics import Totals
@@ -57,6 +61,7 @@ class Call(Stream):
         error: why the call failed here.
         pipe: the data of a streaming call.
         on_done: called when the call is done.
+        metadata_ahead: what the server sent ahead of the reply.
         weight: what it counts for where connections are compared: the bytes of its data, as far as
             they are known.
     """
@@ -65,6 +70,7 @@ class Call(Stream):
         "calls",
         "done",
         "error",
+        "metadata_ahead",
         "on_done",
         "outcome",
         "pipe",
@@ -105,6 +111,7 @@ class Call(Stream):
         self.error: Exception | None = None
         self.pipe: Pipe | None = None
         self.on_done: Callable[[], None] | None = None
+        self.metadata_ahead: Metadata = ()
         self.weight = 0
 
     @property
@@ -123,6 +130,7 @@ class Call(Stream):
             outcome.message,
             _details(outcome.details),
             not_started=outcome.not_started,
+            trailers=dict(outcome.trailers),
         )
 
     @property
@@ -282,6 +290,9 @@ class Calls:
                 self.fail(stream, ConnectionLost(self.session.reason, not_started=True))
             if event.code:
                 self.session.fail(f"the server closed the connection: {message}")
+        elif isinstance(event, MetadataReceived):
+            assert isinstance(event.stream, Call)
+            event.stream.metadata_ahead = event.metadata
         elif isinstance(event, Stalled):
             assert isinstance(event.stream, Call)
             self.fail(
@@ -402,6 +413,7 @@ class Options:
         retry: which of them are made again, None for none.
         wait: they wait for a server however long it takes to come back.
         hedge: when unary ones that are idempotent are made once more, beside; None for never.
+        interceptors: run around them, the first outermost.
     """
 
     __slots__ = (
@@ -409,6 +421,7 @@ class Options:
         "_report",
         "_timed",
         "hedge",
+        "interceptors",
         "lane",
         "metadata",
         "retry",
@@ -426,8 +439,10 @@ class Options:
         wait: bool = False,
         hedge: Hedge | None = None,
         compress: bool = True,
+        interceptors: Sequence[ClientInterceptor] = (),
     ) -> None:
         self.hedge = hedge
+        self.interceptors = interceptors
         self.retry = retry
         self.wait = wait
         self.lane = lane
@@ -437,12 +452,36 @@ class Options:
         self.special = self._timed or not compress
         self._report = timings if callable(timings) else None
 
+    def within(self, metadata: Metadata) -> "Options":
+        """Return the options of the calls within the interceptors, which left `metadata`."""
+        options = object.__new__(Options)
+        for name in Options.__slots__:
+            setattr(options, name, getattr(self, name))
+        options.metadata = tuple(metadata)
+        options.interceptors = ()
+        return options
+
     def apply(self, call: Call) -> None:
         """Let a new call ask for its times, or go as it is."""
         call.compress = self._compress
         if self._timed:
             call.timings = True
             call.token = self._report
+
+
+def note_metadata(call: Call) -> None:
+    """Give what came ahead of a reply to the block of `reply_metadata` that this runs in."""
+    found = collecting.get()
+    if found is not None:
+        found.note(call.metadata_ahead)
+
+
+def note_reply(call: Call) -> None:
+    """Give it what came with the reply, too."""
+    found = collecting.get()
+    if found is not None:
+        trailers = () if call.outcome is None else call.outcome.trailers
+        found.note(call.metadata_ahead, trailers)
 
 
 def _details(details: bytes | None) -> object:

@@ -3,6 +3,7 @@
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import Final, Literal, TypeVar
 
 import trio
@@ -13,6 +14,7 @@ from druvarpc.club import Club
 from druvarpc.compression import Compression, algorithms_for
 from druvarpc.dialing import Target, Terms
 from druvarpc.endpoints import Endpoints
+from druvarpc.outgoing import ClientInterceptor
 from druvarpc.protocol import Clubbing, Limits, Priority
 from druvarpc.resilience import Balance, Breaker, Hedge, Outliers, Retry
 from druvarpc.routes import Route
@@ -22,6 +24,7 @@ from druvarpc.statistics import Statistics
 from druvarpc.stubs import make_stub
 from druvarpc.timings import Timings
 from druvarpc.tls import TLS
+from druvarpc.tokens import Tokens, TokenSource
 from druvarpc.transports import Transport, check_congestion_control
 
 S = TypeVar("S", bound=Service)
@@ -43,11 +46,13 @@ class Client:
         *,
         retry: Retry | None = Retry(),
         wait_for_ready: bool = False,
+        interceptors: Sequence[ClientInterceptor] = (),
     ) -> None:
         self._connections = connections
         self._timings: Timings = timings
         self._retry = retry
         self._wait_for_ready = wait_for_ready
+        self._interceptors = tuple(interceptors)
 
     def stub(
         self,
@@ -60,6 +65,7 @@ class Client:
         wait_for_ready: bool | None = None,
         hedge: Hedge | None = None,
         compress: bool = True,
+        interceptors: Sequence[ClientInterceptor] = (),
     ) -> S:
         """Return an object with the service's methods, each of which calls the server.
 
@@ -79,6 +85,7 @@ class Client:
                 those of clubs and windows.
             compress: let what the calls send be compressed, if `connect` was told to; False for
                 data that is compressed already.
+            interceptors: run around every call, within those of `connect`, the first outermost.
 
         Raises:
             TypeError: `service` is no service, or an annotation of it can't be resolved.
@@ -93,6 +100,7 @@ class Client:
             wait=self._wait_for_ready if wait_for_ready is None else wait_for_ready,
             hedge=hedge,
             compress=compress,
+            interceptors=(*self._interceptors, *interceptors),
         )
         return make_stub(service, self._connections, options)
 
@@ -150,6 +158,8 @@ async def connect(
     congestion_control: str | None = None,
     timings: Timings = False,
     compression: Compression | None = None,
+    token: TokenSource | None = None,
+    interceptors: Sequence[ClientInterceptor] = (),
 ) -> AsyncGenerator[Client, None]:
     """Connect to a server for the time of a block, or to several that do the same.
 
@@ -191,6 +201,13 @@ async def connect(
         compression: how arguments, results and items of streams are compressed, where the server
             has been told of it too: "zstd", "zlib", or "auto" for the best that both have; None for
             not at all. What doesn't shrink goes as it is. See docs/compression.md.
+        token: who the client says it is, for the server's `authenticate`: a token, or a function,
+            `async` or not, that returns one, or a `Token` that expires. Every connection sends it
+            before its first call. The function is called again ahead of the expiry, and when the
+            server refuses a call as UNAUTHENTICATED; the call is then made once more. Over
+            "tcp://" it travels unencrypted.
+        interceptors: `async def interceptor(call: OutgoingCall, proceed)`, run around every call,
+            the first outermost.
 
     Raises:
         ImportError: zstd is asked for and isn't installed.
@@ -218,6 +235,8 @@ async def connect(
         breaker=breaker,
         outliers=outliers,
         timings=timings,
+        token=token,
+        interceptors=interceptors,
     ) as client:
         yield client
 
@@ -254,6 +273,8 @@ async def connect_to(
     breaker: Breaker | None = None,
     outliers: Outliers | None = Outliers(),
     timings: Timings = False,
+    token: TokenSource | None = None,
+    interceptors: Sequence[ClientInterceptor] = (),
 ) -> AsyncGenerator[Client, None]:
     """Be a client of servers; see `connect`."""
     number = terms.number
@@ -262,10 +283,20 @@ async def connect_to(
     if not targets:
         raise ValueError("no address")
     async with quiet_nursery() as nursery:
+        if token is not None:
+            tokens = Tokens(token, terms.timeout)
+            terms = replace(terms, tokens=tokens)
+            nursery.start_soon(tokens.run)
         endpoints = Endpoints(
             targets, terms, nursery, balance=balance, breaker=breaker, outliers=outliers
         )
         await endpoints.start(trio.current_time(), wait=wait_for_ready)
-        yield Client(endpoints, timings, retry=retry, wait_for_ready=wait_for_ready)
+        yield Client(
+            endpoints,
+            timings,
+            retry=retry,
+            wait_for_ready=wait_for_ready,
+            interceptors=interceptors,
+        )
         await endpoints.close()
         nursery.cancel_scope.cancel()

@@ -7,7 +7,7 @@ from typing import Final
 import trio
 
 from druvarpc.calls import Calls
-from druvarpc.errors import ConnectionLost
+from druvarpc.errors import ConnectionLost, LocalProtocolError
 from druvarpc.protocol import (
     Connection,
     Event,
@@ -17,6 +17,7 @@ from druvarpc.protocol import (
 )
 from druvarpc.session import Session
 from druvarpc.statistics import Totals
+from druvarpc.tokens import Token
 from druvarpc.transports import Transport
 
 # Seconds between two PINGs of a user's, not faster than a server takes for no abuse
@@ -102,6 +103,19 @@ class ClientConnection:
         except BaseException:
             self._scope.cancel()
             raise
+
+    def authenticate(self, token: Token) -> None:
+        """Say who the client is, for the calls that go out after this.
+
+        Raises:
+            ConnectionLost: the server takes less metadata than go with the token.
+        """
+        try:
+            self.session.core.authenticate(token.value, tuple(token.metadata.items()))
+        except LocalProtocolError as error:
+            peer = self.session.transport.peer
+            raise ConnectionLost(f"{peer} doesn't take the token: {error}") from None
+        self.session.flush()
 
     async def ping(self) -> float:
         """See `Client.ping`."""

@@ -1,21 +1,26 @@
 """Explicit clubs: calls that go out together and may use each other's results."""
 
 import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import trio
 
 from druvarpc.calls import Call, Calls
+from druvarpc.clubbed import ClubbedCall
+from druvarpc.codec import ENCODE_ERRORS, unencodable
 from druvarpc.endpoints import Endpoints
 from druvarpc.errors import RpcError, Status
 from druvarpc.protocol import Reference
-from druvarpc.protocol.clubs import MAX_PATH, MAX_REFERENCES, call_size
+from druvarpc.protocol.clubs import MAX_PATH, MAX_REFERENCES, call_size, resolve
 from druvarpc.protocol.wire import MAX_CLUB
-from druvarpc.retries import Attempts, may_fare_better
+from druvarpc.replies import Pairs
+from druvarpc.retries import Attempts, may_fare_better, renewable
 from druvarpc.service import Method
-from druvarpc.stubs import UnaryMethod, unary_method
+from druvarpc.session import quiet_nursery
+from druvarpc.stubs import InterceptedUnary, UnaryMethod, unary_method
 
 T = TypeVar("T")
 
@@ -55,7 +60,7 @@ class Part:
 class Reply(Part, Generic[T]):
     """What one call of a club will return."""
 
-    __slots__ = ("_call", "_club", "_error", "_index", "_method", "_value")
+    __slots__ = ("_call", "_club", "_error", "_index", "_method", "_value", "within")
 
     def __init__(self, club: "Club", index: int, method: Method) -> None:
         super().__init__(self, ())
@@ -65,6 +70,7 @@ class Reply(Part, Generic[T]):
         self._call: Call | None = None
         self._value: T | None = None
         self._error: Exception | None = None
+        self.within: ClubbedCall | None = None  # interceptors
 
     def __repr__(self) -> str:
         return f"<reply {self._index} of a club, {self._method.name}>"
@@ -90,6 +96,17 @@ class Reply(Part, Generic[T]):
         """Why the call failed, None if it didn't, or hasn't ended."""
         return self._error
 
+    @property
+    def metadata(self) -> Mapping[str, str | bytes]:
+        """What the server sent ahead of the reply; of equal keys, the last."""
+        return {} if self._call is None else dict(self._call.metadata_ahead)
+
+    @property
+    def trailers(self) -> Mapping[str, str | bytes]:
+        """What the server sent with the reply, also one that failed; of equal keys, the last."""
+        outcome = None if self._call is None else self._call.outcome
+        return {} if outcome is None else dict(outcome.trailers)
+
     def index_in(self, club: "Club", position: int, path: tuple[str | int, ...]) -> Reference:
         """See `Part.reference`."""
         if club is not self._club:
@@ -99,6 +116,8 @@ class Reply(Part, Generic[T]):
     def begin(self, call: Call) -> None:
         """Note the call that was made for this reply."""
         self._call, self._error = call, None
+        if self.within is not None:
+            self.within.begin(call)
 
     def abandon(self) -> None:
         """Abandon the call if it hasn't ended."""
@@ -107,13 +126,38 @@ class Reply(Part, Generic[T]):
 
     async def settle(self) -> None:
         """Wait for the call, and keep what it returned or why it failed."""
+        if self._error is None:
+            try:
+                self._value = await self.result()
+            except RpcError as error:
+                self._error = error
+
+    async def result(self) -> T:
+        """Wait for the call, and return what it returned."""
         if self._error is not None:
-            return
+            raise self._error
         assert self._call is not None
+        result: T = self._method.decode_result(await self._call.calls.result(self._call))
+        return result
+
+    def end(self, within: ClubbedCall) -> None:
+        """Keep what came of the interceptors around the call."""
+        self._value, self._error = within.value, within.error
+
+    def answer(self) -> bytes | None:
+        """Return what interceptors answered in the call's place, as it would have come.
+
+        None if they haven't.
+
+        Raises:
+            RpcError: it can't be encoded.
+        """
+        if self.within is None or not self.within.answered or self.within.error is not None:
+            return None
         try:
-            self._value = self._method.decode_result(await self._call.calls.result(self._call))
-        except RpcError as error:
-            self._error = error
+            return self._method.encode_result(self.within.value)
+        except ENCODE_ERRORS as error:
+            raise unencodable(f"{self._method.name}: result", error) from error
 
     def fail(self, error: Exception) -> None:
         """Note that the call couldn't be made."""
@@ -126,6 +170,7 @@ class _Entry:
 
     Attributes:
         index: in the club.
+        metadata: what goes with it.
         deadline: of the scopes that it was added in.
     """
 
@@ -134,6 +179,7 @@ class _Entry:
     payload: bytes
     references: tuple[Reference, ...]
     reply: Reply[Any]
+    metadata: tuple[tuple[str, str | bytes], ...]
     deadline: float
 
     def make(self, calls: Calls) -> Call:
@@ -144,7 +190,7 @@ class _Entry:
             self.stub.method.name,
             self.payload,
             lane=options.lane,
-            metadata=options.metadata,
+            metadata=self.metadata,
             references=self.references,
         )
         if self.deadline < math.inf:
@@ -157,8 +203,9 @@ class _Entry:
     def may_be_repeated(self) -> bool:
         """Whether the call failed in a way that lets it be made again."""
         error = self.reply.error
-        return isinstance(error, RpcError) and may_fare_better(
-            error, idempotent=self.stub.method.idempotent
+        return isinstance(error, RpcError) and (
+            may_fare_better(error, idempotent=self.stub.method.idempotent)
+            or renewable(self.stub.connections.tokens, error)
         )
 
     def was_in_vain(self) -> bool:
@@ -185,6 +232,7 @@ class Club:
         self.ended = False
         self._connections = connections
         self._entries: list[_Entry] = []
+        self._sent: list[_Entry] = []  # those that interceptors left
 
     def call(
         self, method: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any
@@ -205,6 +253,26 @@ class Club:
         if stub.connections is not self._connections:
             raise ValueError(f"{stub!r} belongs to another client")
         arguments, _ = row.bind(args, kwargs)
+        payload, references = self._encode(row, arguments)
+        reply: Reply[T] = Reply(self, len(self._entries), row)
+        deadline = trio.current_effective_deadline()
+        metadata = stub.options.metadata
+        entry = _Entry(len(self._entries), stub, payload, references, reply, metadata, deadline)
+        if isinstance(stub, InterceptedUnary):
+            reply.within = ClubbedCall(
+                stub.around,
+                arguments,
+                deadline,
+                bound=bool(references),
+                change=partial(self._change, entry),
+                result=reply.result,
+            )
+        self._entries.append(entry)
+        return reply
+
+    def _encode(
+        self, row: Method, arguments: tuple[Any, ...]
+    ) -> tuple[bytes, tuple[Reference, ...]]:
         references = tuple(
             argument.reference(position, self)
             for position, argument in enumerate(arguments)
@@ -215,14 +283,69 @@ class Club:
         payload = row.encode_arguments(
             tuple(None if isinstance(one, Part) else one for one in arguments)
         )
-        reply: Reply[T] = Reply(self, len(self._entries), row)
-        deadline = trio.current_effective_deadline()
-        self._entries.append(_Entry(len(self._entries), stub, payload, references, reply, deadline))
-        return reply
+        return payload, references
 
     async def settle(self) -> list[Exception]:
         """Send the calls, wait for all replies and return the errors; cancelled, abandon them."""
-        entries = self._entries
+        within = [one.reply.within for one in self._entries if one.reply.within is not None]
+        if within:
+            await self._settle_within(within)
+        else:
+            self._sent = self._entries
+            await self._settle_sent()
+        self.ended = True
+        return [one.reply.error for one in self._entries if one.reply.error is not None]
+
+    async def _settle_within(self, within: Sequence[ClubbedCall]) -> None:
+        """Send the calls and wait for their replies, some of them within interceptors."""
+        async with quiet_nursery() as nursery:
+            for call in within:
+                nursery.start_soon(call.run)
+            for call in within:
+                await call.ready.wait()
+            for entry in self._entries:
+                if self._goes_out(entry):
+                    self._sent.append(entry)
+            await self._settle_sent()
+            for call in within:
+                call.settled.set()
+            for call in within:
+                await call.ended.wait()
+        for entry in self._entries:
+            if entry.reply.within is not None:
+                entry.reply.end(entry.reply.within)
+
+    def _change(self, entry: _Entry, metadata: Pairs, arguments: tuple[Any, ...] | None) -> None:
+        """Take in what interceptors have changed before a call goes out."""
+        entry.metadata = tuple(metadata)
+        if arguments is not None:
+            entry.payload, entry.references = self._encode(entry.stub.method, arguments)
+
+    def _goes_out(self, entry: _Entry) -> bool:
+        """Whether a call is sent; put results that interceptors have answered in place for it."""
+        within = entry.reply.within
+        if within is not None and within.answered:
+            if within.error is not None:
+                entry.reply.fail(within.error)
+            return False
+        values: list[tuple[Reference, bytes]] = []
+        try:
+            for one in entry.references:
+                answer = self._entries[one.call].reply.answer()
+                if answer is not None:
+                    values.append((one, answer))
+            if values:
+                most = entry.stub.connections.limits.max_message
+                entry.payload = resolve(entry.payload, values, most)
+        except RpcError as error:
+            entry.reply.fail(error)
+            return False
+        answered = [one for one, _ in values]
+        entry.references = tuple(one for one in entry.references if one not in answered)
+        return True
+
+    async def _settle_sent(self) -> None:
+        entries = self._sent
         attempts = None
         try:
             while entries:
@@ -241,10 +364,8 @@ class Club:
         except RpcError:
             pass  # there is no other attempt: each keeps the error that it has
         finally:
-            for entry in self._entries:
+            for entry in self._sent:
                 entry.reply.abandon()
-        self.ended = True
-        return [one.reply.error for one in self._entries if one.reply.error is not None]
 
     def _try_to_submit(self, entries: Sequence[_Entry]) -> bool:
         """Send calls; return whether there is a connection for that."""
@@ -261,11 +382,12 @@ class Club:
 
         Calls that need results of others are made again with them, so only if none has run.
         """
-        failed = [one for one in self._entries if one.may_be_repeated()]
-        if not any(one.references for one in self._entries):
+        sent = self._sent
+        failed = [one for one in sent if one.may_be_repeated()]
+        if not any(one.references for one in sent):
             return failed
-        if failed and all(one.may_be_repeated() or one.was_in_vain() for one in self._entries):
-            return self._entries
+        if failed and all(one.may_be_repeated() or one.was_in_vain() for one in sent):
+            return sent
         return []
 
     def _reason(self, entries: Sequence[_Entry]) -> RpcError:

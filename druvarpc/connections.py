@@ -6,8 +6,8 @@ one, `only` saves the question. What ends a connection ends its calls and none o
 
 `_keep` watches over them: it opens those that are missing, as `ConnectionCount`
 (druvarpc/protocol/goodput.py) demands or in the place of one that has ended, and drains what is too
-many. When none is left, calls wait for the first attempt to open another (`ready`); once that has
-failed they fail, and attempts go on. Without `reconnect` the client has ended with its last
+many. When none is left, calls wait for the first attempt to open another; once that has failed this
+is `hopeless`, and they fail, while attempts go on. Without `reconnect` the client has ended with its last
 connection.
 
 With "auto" there is one more as long as small calls go beside bulk: the quiet one, which carries
@@ -17,6 +17,7 @@ the connection: a lost packet of bulk's holds it up, and so does BBR when it sto
 round trip, for 0.2 s out of 10.
 """
 
+import logging
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -38,7 +39,10 @@ from druvarpc.protocol.goodput import ConnectionCount
 from druvarpc.resilience import Backoff
 from druvarpc.session import Session
 from druvarpc.statistics import Totals
+from druvarpc.tokens import Token
 from druvarpc.transports import Transport
+
+logger = logging.getLogger("druvarpc")
 
 # With "auto". On the longest link that we measured eight carried no more than four, and each weighs
 # on the server.
@@ -101,6 +105,8 @@ class Connections:
         self._last: ClientConnection | None = None
         self._targets = targets
         self._terms = terms
+        if terms.tokens is not None:
+            terms.tokens.listeners.append(self._authenticate)
         self._nursery = nursery
         self._dialer = Dialer(targets, terms, budget)
         self._totals = totals
@@ -248,6 +254,9 @@ class Connections:
             # All others have ended while this one was opened, and with them the client.
             connection.session.close()
             raise self.lost()
+        tokens = self._terms.tokens
+        if tokens is not None and tokens.current is not None:
+            connection.authenticate(tokens.current)
         if quiet:
             self._quiet = connection
         else:
@@ -255,6 +264,14 @@ class Connections:
             self._open.append(connection)
         self._failure, self.hopeless = None, False
         self._note_change()
+
+    def _authenticate(self, token: Token) -> None:
+        """Send a new token over the connections that are open; others send it when they are."""
+        for connection in (*self._open, *([] if self._quiet is None else [self._quiet])):
+            try:
+                connection.authenticate(token)
+            except ConnectionLost as error:
+                logger.error("%s", error)  # noqa: TRY400 - no traceback of ours
 
     async def _run(self, connection: ClientConnection) -> None:
         try:

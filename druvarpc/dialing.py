@@ -7,9 +7,10 @@ from typing import Final, Literal, NamedTuple
 import trio
 
 from druvarpc.client_connection import ClientConnection, no_answer
-from druvarpc.errors import ConnectionLost
+from druvarpc.errors import ConnectionLost, RpcError
 from druvarpc.protocol import Budget, Clubbing, Connection, Limits
 from druvarpc.protocol.compression import Algorithm
+from druvarpc.tokens import Tokens
 from druvarpc.transports import Transport
 
 # Connections at once to a server that drains as they come, until that counts as a failure: where
@@ -40,6 +41,7 @@ class Terms:
         timeout: seconds that opening one may take.
         reconnect: they are made again when all have ended.
         compression: the algorithms for what calls carry, the best first.
+        tokens: who the client says it is on each; None for nobody.
     """
 
     number: int | Literal["auto"] = 1
@@ -48,6 +50,7 @@ class Terms:
     timeout: float = 10.0
     reconnect: bool = True
     compression: Sequence[Algorithm] = ()
+    tokens: Tokens | None = None
 
 
 # Makes a connection of a core and a transport, and runs it.
@@ -97,6 +100,9 @@ class Dialer:
         for left in range(_DRAINED, 0, -1):
             transport: Transport | None = None
             with trio.move_on_at(start + timeout):
+                if self._terms.tokens is not None:
+                    # Before the connection is there: the server doesn't wait for ever.
+                    await _need_token(self._terms.tokens, target.address)
                 transport = await target.dial()
             if transport is None:
                 raise no_answer(target.address, timeout)
@@ -116,3 +122,15 @@ class Dialer:
                 if not connection.drained or left == 1:
                     raise
         raise AssertionError("the last attempt returns or raises")
+
+
+async def _need_token(tokens: Tokens, address: str) -> None:
+    """Have a token, for a connection to `address`.
+
+    Raises:
+        ConnectionLost: none can be had.
+    """
+    try:
+        await tokens.get()
+    except RpcError as error:
+        raise ConnectionLost(f"can't connect to {address}: {error}", not_started=True) from error

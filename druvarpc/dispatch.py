@@ -14,7 +14,7 @@ context, so that what it sets in context variables doesn't reach the next one.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -22,8 +22,11 @@ import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task
 
 from druvarpc.codec import printable
+from druvarpc.current import Served, current_call
 from druvarpc.errors import LocalProtocolError, Status
-from druvarpc.handlers import Entry, Requests, Run, failure_of
+from druvarpc.handlers import Attempts, Entry, Requests, Run, failure_of, with_trailers
+from druvarpc.identity import Authenticate, Authenticator
+from druvarpc.interceptors import chain
 from druvarpc.pipe import Pipe, closing
 from druvarpc.protocol import (
     CallsReceived,
@@ -87,6 +90,7 @@ class Dispatcher:
         transport: its bytes.
         nursery: where handlers run; cancelled with the connection.
         totals: where to count.
+        authenticate: tells whose calls they are; None for nobody's.
 
     Attributes:
         session: the connection.
@@ -94,11 +98,13 @@ class Dispatcher:
 
     __slots__ = (
         "_active",
+        "_authenticator",
         "_core",
         "_idle",
         "_led",
         "_nursery",
         "_queue",
+        "_served",
         "_table",
         "_totals",
         "_waking",
@@ -113,8 +119,16 @@ class Dispatcher:
         transport: Transport,
         nursery: trio.Nursery,
         totals: Totals,
+        authenticate: Authenticate | None = None,
     ) -> None:
         self.session = Session(core, transport, self._handle, self._discard)
+        self._served = Served(self.session)
+        self._authenticator: Authenticator | None = None
+        if authenticate is not None:
+            self._authenticator = Authenticator(
+                authenticate, self.session, self._release, self._refuse
+            )
+            nursery.start_soon(self._authenticator.run)
         self._core = core
         self._table = table
         self._nursery = nursery
@@ -135,8 +149,11 @@ class Dispatcher:
         if isinstance(event, CallsReceived):
             self._totals.calls_started += len(event.calls)
             self._active += len(event.calls)
+            calls = event.calls
+            if self._authenticator is not None:
+                calls = self._authenticator.admit(calls)
             # They come of what a worker does, reading or replying; it goes on with the queue.
-            self._queue[:0] = event.calls[::-1]
+            self._queue[:0] = calls[::-1]
         elif isinstance(event, ResetReceived):
             self._stop(event.stream, Outcome(Status.CANCELLED))
         elif isinstance(event, Stalled):
@@ -166,6 +183,16 @@ class Dispatcher:
         elif call.final is None and call.state is not State.CLOSED:
             # Its handler hasn't begun; where the queue is read it is passed over.
             self._reply(call, None, outcome)
+
+    def _release(self, calls: Sequence[Stream]) -> None:
+        """Run calls whose caller has been told."""
+        self._queue[:0] = calls[::-1]
+        self._wake()
+
+    def _refuse(self, call: Stream, outcome: Outcome) -> None:
+        """Answer a call that isn't run."""
+        call.token = None
+        self._reply(call, None, outcome)
 
     # The pool.
 
@@ -251,6 +278,7 @@ class Dispatcher:
     def _begin(self, worker: _Worker, call: Stream) -> Run[bytes | None] | None:
         """Begin a call; return what runs on if the handler blocks."""
         worker.call = call
+        identity = None if self._authenticator is None else call.token
         call.token = worker
         if call.deadline is not None:
             if call.deadline <= self.session.now():
@@ -265,7 +293,11 @@ class Dispatcher:
             return None
         if call.times is not None:
             call.times.begun = self.session.now()
-        run = Run(call, self.session.transport.peer, self._answer(worker, entry, call))
+        place = (self._served, call, entry.method, identity)
+        if entry.interceptors:
+            run = Run(place, self._intercept(worker, entry, call))
+        else:
+            run = Run(place, self._answer(worker, entry, call))
         try:
             run.start()
         except StopIteration as stop:
@@ -317,6 +349,23 @@ class Dispatcher:
                     break
         return None
 
+    @trio.lowlevel.disable_ki_protection
+    async def _intercept(self, worker: _Worker, entry: Entry, call: Stream) -> bytes | None:
+        """Do what `_answer` does, within interceptors."""
+        method = entry.method
+        current = current_call()
+        attempts = Attempts(entry, current, lambda: self._pipe(worker, call))
+        result = await chain(current, entry.interceptors, attempts.proceed)()
+        if method.cardinality.server_streaming:
+            return None
+        return method.encode_result(result)
+
+    def _pipe(self, worker: _Worker, call: Stream) -> Pipe:
+        """Return the data of a call, one and the same for as long as it lasts."""
+        if worker.pipe is None:
+            worker.pipe = Pipe(self.session, call, call.times)
+        return worker.pipe
+
     # How calls end.
 
     def _failed(self, worker: _Worker, error: Exception) -> None:
@@ -337,6 +386,10 @@ class Dispatcher:
     ) -> None:
         worker.call = worker.pipe = None
         call.token = None
+        if self._served.calls:
+            current = self._served.calls.pop(call, None)
+            if current is not None and current.has_trailers:
+                outcome = with_trailers(outcome, current.trailers)
         self._reply(call, payload, outcome, after_data=after_data)
 
     def _reply(

@@ -103,6 +103,8 @@ class Endpoints:
     Attributes:
         only: the calls of the only connection to the only server, None if there is a choice.
         nursery: where connections run.
+        limits: what the client accepts on each.
+        tokens: who the client says it is; None for nobody.
         retried: how many calls have been made again.
         hedged: how many copies have been sent.
         kept: bytes of messages that are kept to be sent again.
@@ -120,6 +122,8 @@ class Endpoints:
     ) -> None:
         self.only: Calls | None = None
         self.nursery = nursery
+        self.limits = terms.limits
+        self.tokens = terms.tokens
         self.retried = 0
         self.hedged = 0
         self.kept = 0

@@ -8,7 +8,9 @@ wrong (`LocalProtocolError`).
 import math
 from collections.abc import Mapping
 from enum import IntEnum, unique
-from typing import Final, cast
+from typing import Final, TypeVar, cast
+
+import msgspec
 
 __all__ = [
     "RETRY_AFTER",
@@ -24,6 +26,8 @@ __all__ = [
 
 # The key of an error's details that says how many seconds its caller is asked to wait.
 RETRY_AFTER: Final = "retry_after"
+
+T = TypeVar("T")
 
 
 @unique
@@ -70,7 +74,8 @@ class RpcError(Exception):
     Args:
         status: why; never `Status.OK`.
         message: one line for people.
-        details: a value that MessagePack can carry, for programs.
+        details: a value that MessagePack can carry, for programs; `details_as` types it.
+        trailers: metadata that go with the error.
 
     Attributes:
         not_started: the server is known not to have begun the call, so that any call, idempotent
@@ -84,6 +89,7 @@ class RpcError(Exception):
         details: object = None,
         *,
         not_started: bool = False,
+        trailers: Mapping[str, str | bytes] | None = None,
     ) -> None:
         if status == Status.OK:
             raise ValueError("an RpcError can't have the status OK")
@@ -93,6 +99,24 @@ class RpcError(Exception):
         self.message = message
         self.details = details
         self.not_started = not_started
+        self.trailers: dict[str, str | bytes] = dict(trailers or {})
+
+    def details_as(self, kind: type[T]) -> T:
+        """Return the details as a value of a type: a dataclass, a list of them, an enum...
+
+        What has come from a server is made of builtins; here it is checked and converted, as
+        arguments and results are.
+
+        Raises:
+            ValueError: the details are no such value.
+            TypeError: `kind` is no type that details can have.
+        """
+        if type(self.details) is kind:
+            return self.details
+        try:
+            return msgspec.convert(self.details, kind)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"the details of {self!s}: {error}") from None
 
     @property
     def retry_after(self) -> float | None:
@@ -115,6 +139,26 @@ class RpcError(Exception):
 
     def __str__(self) -> str:
         return f"{self.status.name}: {self.message}" if self.message else self.status.name
+
+
+def rpc_error_in(error: BaseException) -> RpcError | None:
+    """Return the RpcError that `error` is, or is alone in: nurseries wrap what they let through."""
+    while isinstance(error, BaseExceptionGroup):
+        first, *others = cast("BaseExceptionGroup[BaseException]", error).exceptions
+        if others:
+            return None
+        error = first
+    return error if isinstance(error, RpcError) else None
+
+
+def cancelled_part(group: BaseExceptionGroup) -> BaseException:
+    """Return what of a group is no Exception: mostly Cancelled, in a task that others left behind.
+
+    What its own tasks raised beside that nobody waits for any more.
+    """
+    rest = group.split(Exception)[1]
+    assert rest is not None, "a group of Exceptions alone is one itself"
+    return rest
 
 
 class ConnectionLost(RpcError):

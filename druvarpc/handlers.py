@@ -1,84 +1,49 @@
 """Handlers: where they are found, what they run in, and what their errors mean to the caller."""
 
 import logging
-import math
 import types
 from collections.abc import (
     AsyncIterator,
+    Awaitable,
     Callable,
     Coroutine,
     Generator,
     Mapping,
     Sequence,
 )
-from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from contextlib import AsyncExitStack
+from contextvars import copy_context
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from druvarpc.errors import RpcError, Status
+from druvarpc.authorization import predicates_of, require
+from druvarpc.current import CurrentCall, Place, current
+from druvarpc.errors import Status, rpc_error_in
+from druvarpc.interceptors import Once, Proceed
 from druvarpc.pipe import Pipe
-from druvarpc.protocol import Outcome, Stream
-from druvarpc.service import Method, Service, implementation_of, methods_of
+from druvarpc.protocol import Outcome
+from druvarpc.service import Cardinality, Method, Service, implementation_of, methods_of
 
 logger = logging.getLogger("druvarpc")
+
+ServerInterceptor = Callable[[CurrentCall, Proceed], Awaitable[Any]]
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class CurrentCall:
-    """The call that a handler runs for.
-
-    Attributes:
-        method: "Service.method".
-        peer: the caller's address.
-        identity: who the caller is; None without authentication.
-        metadata: what the caller sent along; of equal keys, the last.
-        deadline: in trio's clock; infinite without one.
-    """
-
-    method: str
-    peer: str
-    identity: object
-    metadata: Mapping[str, str | bytes]
-    deadline: float
-
-
-_current: ContextVar[tuple[Stream, str]] = ContextVar("druvarpc_current_call")
-
-
-def current_call() -> CurrentCall:
-    """Return the call that the running handler, or a task that it started, works for.
-
-    Raises:
-        LookupError: there is none.
-    """
-    try:
-        call, peer = _current.get()
-    except LookupError:
-        raise LookupError("no handler of a call is running here") from None
-    return CurrentCall(
-        method=call.method,
-        peer=peer,
-        identity=None,
-        metadata=dict(call.metadata),
-        deadline=math.inf if call.deadline is None else call.deadline,
-    )
-
-
 class Run(Generic[T]):
-    """A coroutine that runs in a context of its own, in which `call` is the current call.
+    """A coroutine that runs in a context of its own, in which `current_call` finds its call.
 
     Its first step is taken without awaiting, so that a handler that doesn't block costs no more.
     """
 
     __slots__ = ("_context", "_coroutine", "_trap")
 
-    def __init__(self, call: Stream, peer: str, coroutine: Coroutine[Any, Any, T]) -> None:
+    def __init__(self, place: Place, coroutine: Coroutine[Any, Any, T]) -> None:
         self._context = copy_context()
-        self._context.run(_current.set, (call, peer))
+        self._context.run(current.set, place)
         self._coroutine = coroutine
 
     def start(self) -> None:
@@ -108,14 +73,25 @@ class Run(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What answers a method: its row, and the bound function, None if it isn't implemented."""
+    """What answers a method.
+
+    Attributes:
+        method: its row.
+        handler: the bound function, None if it isn't implemented.
+        interceptors: what runs around it, the outermost first.
+    """
 
     method: Method
     handler: Callable[..., Any] | None
+    interceptors: Sequence[ServerInterceptor] = ()
 
 
-def dispatch_table(services: Sequence[Service]) -> dict[str, Entry]:
+def dispatch_table(
+    services: Sequence[Service], interceptors: Sequence[ServerInterceptor] = ()
+) -> dict[str, Entry]:
     """Return the methods of services by their names on the wire.
+
+    What `authorize` demands of a method is asked within the interceptors.
 
     Raises:
         TypeError: one of them is no service.
@@ -129,7 +105,11 @@ def dispatch_table(services: Sequence[Service]) -> dict[str, Entry]:
         for method in methods_of(kind).values():
             if method.name in table:
                 raise ValueError(f"two services have the method {method.name}")
-            table[method.name] = Entry(method, implementation_of(service, method))
+            around = list(interceptors)
+            predicates = predicates_of(service, method.attribute)
+            if predicates:
+                around.append(require(predicates))
+            table[method.name] = Entry(method, implementation_of(service, method), tuple(around))
     return table
 
 
@@ -147,33 +127,85 @@ class Requests(AsyncIterator[Any]):
         return self._method.decode_request(message)
 
 
+class Attempts:
+    """A call within interceptors, which may attempt it several times.
+
+    Args:
+        entry: what answers it.
+        call: the call.
+        pipe: returns its data, if it streams.
+    """
+
+    def __init__(self, entry: Entry, call: CurrentCall, pipe: Callable[[], Pipe]) -> None:
+        self._entry = entry
+        self._call = call
+        self._pipe = pipe
+        self._requests: Once | None = None
+        self._sent = False
+        self._failure: Exception | None = None
+
+    async def proceed(self) -> Any:
+        """Run the handler; return its result, None if it is a stream, which has been sent.
+
+        What has gone to the caller can't be taken back, nor what has come from there be had once
+        more: an attempt after that raises what the one before did.
+        """
+        begun = self._sent or (self._requests is not None and self._requests.begun)
+        if self._failure is not None and begun:
+            raise self._failure
+        try:
+            return await self._attempt()
+        except Exception as error:
+            self._failure = error
+            raise
+
+    async def _attempt(self) -> Any:
+        method, call, handler = self._entry.method, self._call, self._entry.handler
+        assert handler is not None
+        if method.cardinality is Cardinality.UNARY_UNARY:
+            return await handler(*call.arguments)
+        arguments = list(call.arguments)
+        async with AsyncExitStack() as stack:
+            if method.stream_position is not None:
+                self._requests = Once(Requests(method, self._pipe()))
+                requests = await stack.enter_async_context(call.requests(self._requests))
+                arguments.insert(method.stream_position, requests)
+            if not method.cardinality.server_streaming:
+                return await handler(*arguments)
+            pipe = self._pipe()
+            items = await stack.enter_async_context(call.responses(handler(*arguments)))
+            async for item in items:
+                self._sent = True
+                if not await pipe.send(method.encode_response(item)):
+                    break
+        return None
+
+
+def with_trailers(outcome: Outcome | None, trailers: Mapping[str, str | bytes]) -> Outcome:
+    """Return an outcome with more trailers."""
+    outcome = outcome or Outcome()
+    return replace(outcome, trailers=tuple((dict(outcome.trailers) | dict(trailers)).items()))
+
+
 def failure_of(method: str, error: Exception, max_details: int) -> Outcome:
     """Return what the caller is told of a handler's exception.
 
     That is an `RpcError` as it is, except that a handler which ran can't have been "not started",
     whatever a call of its own says. Of any other exception the caller learns nothing; it is logged.
     """
-    found = _rpc_error(error)
+    found = rpc_error_in(error)
     if found is not None:
         try:
             # A class derived from RpcError may have left out what its base sets, or changed it.
             status, message = Status(found.status), str(found.message)
             if status is not Status.OK:
-                return Outcome(status, message, _encode_details(method, found.details, max_details))
+                details = _encode_details(method, found.details, max_details)
+                trailers: Mapping[str, str | bytes] = getattr(found, "trailers", {})
+                return Outcome(status, message, details, trailers=tuple(trailers.items()))
         except Exception as malformed:
             error = malformed
     logger.error("%s: the handler failed", method, exc_info=error)
     return Outcome(Status.INTERNAL, "the server failed")
-
-
-def _rpc_error(error: BaseException) -> RpcError | None:
-    """Return the RpcError that `error` is, or is alone in: nurseries wrap what they let through."""
-    while isinstance(error, BaseExceptionGroup):
-        first, *others = cast("BaseExceptionGroup[BaseException]", error).exceptions
-        if others:
-            return None
-        error = first
-    return error if isinstance(error, RpcError) else None
 
 
 def _encode_details(method: str, details: object, most: int) -> bytes | None:

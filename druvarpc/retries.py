@@ -3,7 +3,8 @@
 Every cardinality asks `Attempts.pause` when an attempt has failed, and makes another if that
 returns. What was never in a server's hands moves on for nothing: to the connection that is being
 opened, or to another server. What a server was given is another attempt, with a pause, out of the
-retry budget (`druvarpc.resilience`).
+retry budget (`druvarpc.resilience`). What the server refused for the client's token is made again
+once, with a new token (`druvarpc.tokens`).
 """
 
 import random
@@ -14,6 +15,7 @@ import trio
 from druvarpc.calls import Options
 from druvarpc.endpoints import Endpoints
 from druvarpc.errors import CircuitOpen, ConnectionLost, RpcError, Status
+from druvarpc.tokens import Tokens
 
 # Times that a call moves on for nothing: servers that drain one after the other, each as the call
 # comes, aren't met more often than that, and a server that refuses all is soon left alone.
@@ -35,6 +37,7 @@ class Attempts:
         "_failed",
         "_idempotent",
         "_moved",
+        "_renewed",
         "_retry",
         "_sent",
         "_wait",
@@ -50,6 +53,7 @@ class Attempts:
         self._idempotent = idempotent
         self._failed = 0
         self._moved = 0
+        self._renewed = False
         self._sent = sent  # once, at least
         self.made = sent  # this attempt was
 
@@ -72,6 +76,11 @@ class Attempts:
         # and again what fails at once shall not keep others from running.
         await trio.lowlevel.checkpoint()
         made, self.made = self.made, False
+        if self._may_renew(error):
+            tokens = self._endpoints.tokens
+            assert tokens is not None
+            await tokens.renew()
+            return
         if isinstance(error, CircuitOpen):
             raise error
         if isinstance(error, ConnectionLost) and error.not_started and self._may_move(made):
@@ -85,6 +94,8 @@ class Attempts:
     def follows(self, error: RpcError) -> bool:
         """Whether another attempt may begin now, beside that of another call which has waited."""
         made, self.made = self.made, False
+        if self._may_renew(error):
+            return True  # that other has had a new token
         if isinstance(error, ConnectionLost) and error.not_started and self._may_move(made):
             return True
         retry = self._retry
@@ -92,6 +103,13 @@ class Attempts:
             return False
         self._failed += 1
         return self._failed < retry.attempts and self._endpoints.may_retry(retry)
+
+    def _may_renew(self, error: RpcError) -> bool:
+        """Whether the call may be made again with a new token, which it may once."""
+        if self._renewed or not renewable(self._endpoints.tokens, error):
+            return False
+        self._renewed = True
+        return True
 
     def _may_move(self, made: bool) -> bool:
         """Whether the call may go elsewhere at once: no server has begun it."""
@@ -124,3 +142,9 @@ def may_fare_better(error: RpcError, *, idempotent: bool) -> bool:
     if error.status is Status.RESOURCE_EXHAUSTED:
         return error.not_started or (idempotent and error.retry_after is not None)
     return False
+
+
+def renewable(tokens: Tokens | None, error: RpcError) -> bool:
+    """Whether a call failed since the server didn't take the client's token, and it can change."""
+    refused = error.status is Status.UNAUTHENTICATED and error.not_started
+    return refused and tokens is not None and tokens.renewable

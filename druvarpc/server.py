@@ -13,8 +13,9 @@ from druvarpc.compression import Compression, algorithms_for
 from druvarpc.dispatch import Dispatcher
 from druvarpc.entrance import Entrance
 from druvarpc.errors import CloseCode
-from druvarpc.handlers import dispatch_table
+from druvarpc.handlers import ServerInterceptor, dispatch_table
 from druvarpc.http import Site
+from druvarpc.identity import Authenticate
 from druvarpc.protocol import Budget, Connection, Limits
 from druvarpc.service import Service
 from druvarpc.session import GOODBYE, Session
@@ -48,14 +49,17 @@ class Server:
         contexts: Contexts | None = None,
         proxy_protocol: bool = False,
         compression: Compression | None = None,
+        authenticate: Authenticate | None = None,
+        interceptors: Sequence[ServerInterceptor] = (),
     ) -> None:
         self._compression = algorithms_for(compression)
+        self._authenticate = authenticate
         self._congestion_control = congestion_control
         self._contexts = contexts
         self._proxy_protocol = proxy_protocol
         self.addresses: list[str] = []
         self._bound: list[Address] = []
-        self._table = dispatch_table(services)
+        self._table = dispatch_table(services, interceptors)
         self._limits = limits
         self._memory = Budget(limits.total_memory)
         self._totals = Totals()
@@ -117,15 +121,15 @@ class Server:
                     with self._accepting, ExitStack() as stack:
                         # Not as late as below: handlers may take long to end.
                         stack.callback(self._remove_sockets)
-                        task_status.started(self)
                         async with trio.open_nursery() as accepting:
                             for listener, entrance in zip(listeners, entrances, strict=True):
                                 accept = partial(self._accept, entrance)
-                                accepting.start_soon(
+                                await accepting.start(
                                     partial(trio.serve_listeners, handler_nursery=nursery),
                                     accept,
                                     [listener],
                                 )
+                            task_status.started(self)
         finally:
             self._remove_sockets()
             for listener in listeners:
@@ -142,7 +146,9 @@ class Server:
             compression=self._compression,
         )
         async with trio.open_nursery() as nursery:
-            dispatcher = Dispatcher(self._table, core, transport, nursery, self._totals)
+            dispatcher = Dispatcher(
+                self._table, core, transport, nursery, self._totals, self._authenticate
+            )
             session = dispatcher.session
             self._sessions[session] = None
             try:
@@ -187,6 +193,8 @@ async def serve(
     *addresses: str,
     tls: TLS | ssl.SSLContext | None = None,
     proxy_protocol: bool = False,
+    authenticate: Authenticate | None = None,
+    interceptors: Sequence[ServerInterceptor] = (),
     limits: Limits = Limits(),
     congestion_control: str | None = None,
     compression: Compression | None = None,
@@ -208,6 +216,14 @@ async def serve(
         proxy_protocol: every connection begins with a header of the PROXY protocol, version 1 or 2,
             and the peers of calls are those that it names. Only for addresses that nobody but the
             proxy can reach.
+        authenticate: `async def authenticate(caller: Caller)` returns who makes the calls of a
+            connection, any object, or an `Identity` that expires; it is their
+            `CurrentCall.identity`. It raises an RpcError to refuse them, UNAUTHENTICATED or
+            PERMISSION_DENIED. It is asked when the first call comes and when one comes after
+            another token of the client's or after the expiry; the calls wait for it, at most
+            `Limits.handshake_timeout`.
+        interceptors: `async def interceptor(call: CurrentCall, proceed)`, run around every call of
+            a method that is implemented, the first outermost.
         limits: what each connection, and all together, may use.
         congestion_control: of TCP, for what this server sends; see `connect`.
         compression: how arguments, results and items of streams are compressed for clients that
@@ -235,6 +251,8 @@ async def serve(
         contexts=contexts,
         proxy_protocol=proxy_protocol,
         compression=compression,
+        authenticate=authenticate,
+        interceptors=interceptors,
     )
     await server.run(parsed, task_status)
 

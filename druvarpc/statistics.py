@@ -1,7 +1,7 @@
 """What `Client.statistics` and `Server.statistics` return."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 from druvarpc.protocol.caller import MAX_COMBINATIONS
@@ -115,15 +115,9 @@ class Totals:
 
     def update(self, other: "Totals") -> None:
         """Add the sums of others."""
-        self.calls_started += other.calls_started
-        self.calls_ended += other.calls_ended
-        self.calls_failed += other.calls_failed
-        self.calls_given_up += other.calls_given_up
-        self.calls_ill += other.calls_ill
-        self.clubs_sent += other.clubs_sent
-        self.calls_clubbed += other.calls_clubbed
-        self.bytes_sent += other.bytes_sent
-        self.bytes_received += other.bytes_received
+        for one in fields(self):
+            if one.name not in ("times", "clubs"):
+                setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
         self.times.update(other.times)
         for key, count in other.clubs.items():
             _add_club(self.clubs, key, count)

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import trio
 
-from druvarpc.calls import Call, Options
+from druvarpc.calls import Call, Options, note_metadata, note_reply
 from druvarpc.endpoints import Endpoints
 from druvarpc.errors import ConnectionLost, RpcError
 from druvarpc.pipe import Pipe, closing
@@ -48,6 +48,7 @@ async def upload(
     try:
         return method.decode_result(await uploading.run())
     finally:
+        note_reply(sending.call)
         await uploading.close()
 
 
@@ -60,9 +61,12 @@ async def download(
         call, pipe = await _open(connections, method, options, payload, attempts)
         begun = False
         try:
-            while (message := await pipe.receive()) is not None:
+            message = await pipe.receive()
+            note_metadata(call)
+            while message is not None:
                 begun = True
                 yield method.decode_response(message)
+                message = await pipe.receive()
             await _check_end(call)
             return
         except RpcError as error:
@@ -90,10 +94,13 @@ async def exchange(
         while True:
             begun = False
             try:
-                while (message := await sending.pipe.receive()) is not None:
+                message = await sending.pipe.receive()
+                note_metadata(sending.call)
+                while message is not None:
                     begun = True
                     sending.drop()
                     yield method.decode_response(message)
+                    message = await sending.pipe.receive()
                 await _check_end(sending.call)
                 return
             except RpcError as error:
@@ -383,4 +390,5 @@ async def _send_beside(sending: _Sending, stop: trio.CancelScope, sent: trio.Eve
 
 async def _check_end(call: Call) -> None:
     await call.calls.wait(call)
+    note_reply(call)
     await call.calls.check(call)

@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 import trio
 from trio.lowlevel import Task, current_task, wait_task_rescheduled
 
-from druvarpc.calls import Call, Calls, Options
+from druvarpc.calls import Call, Calls, Options, note_reply
 from druvarpc.connections import HEAVY
 from druvarpc.endpoints import Endpoints
 from druvarpc.errors import RpcError
+from druvarpc.outgoing import Around
+from druvarpc.replies import Pairs, collecting
 from druvarpc.resilience import Retry
 from druvarpc.retries import Attempts, may_fare_better
 from druvarpc.service import Cardinality, Method, Service, methods_of
@@ -68,6 +70,8 @@ class UnaryMethod(StubMethod):
             return await self.repeat(payload, error, sent=False)
         call.task = task
         await wait_task_rescheduled(call.cancelled)
+        if collecting.get() is not None:
+            note_reply(call)
         if call.plain:
             return self.decode(call)
         try:
@@ -91,7 +95,10 @@ class UnaryMethod(StubMethod):
             try:
                 call = self.begin(payload)
                 attempts.begun()
-                return await self.result(call)
+                try:
+                    return await self.result(call)
+                finally:
+                    note_reply(call)
             except RpcError as again:
                 error = again
 
@@ -188,6 +195,60 @@ async def _first_done(calls: Sequence[Call], seconds: float) -> Call | None:
     return next((call for call in calls if call.done), None)
 
 
+class Intercepted(StubMethod):
+    """A method of a stub with interceptors."""
+
+    __slots__ = ("_around",)
+
+    def __init__(self, connections: Endpoints, method: Method, options: Options) -> None:
+        super().__init__(connections, method, options)
+        self._around = around(connections, method, options)
+
+    def __call__(
+        self, *args: Any, **kwargs: Any
+    ) -> Coroutine[Any, Any, Any] | AsyncGenerator[Any, None]:
+        """Make the call within the interceptors; see `StubMethod`."""
+        arguments, source = self.method.bind(args, kwargs)
+        if self.method.cardinality.server_streaming:
+            return self._around.stream(self.connections, arguments, source)
+        return self._around.result(arguments, source)
+
+
+class InterceptedUnary(UnaryMethod):
+    """Likewise, a unary one.
+
+    Attributes:
+        around: how its calls are made.
+    """
+
+    __slots__ = ("around",)
+
+    def __init__(self, connections: Endpoints, method: Method, options: Options) -> None:
+        super().__init__(connections, method, options)
+        self.around = around(connections, method, options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        """Make the call within the interceptors; see `StubMethod`."""
+        return self.around.result(self.method.bind(args, kwargs)[0])
+
+
+def around(connections: Endpoints, method: Method, options: Options) -> Around:
+    """Return how calls are made within the interceptors of `options`."""
+    kind = kind_within(method, options)
+
+    def make(metadata: Pairs) -> StubMethod:
+        return kind(connections, method, options.within(metadata))
+
+    return Around(method, options.interceptors, options.metadata, make)
+
+
+def kind_within(method: Method, options: Options) -> type[StubMethod]:
+    """Return what makes the calls of a method, within interceptors if there are any."""
+    if method.cardinality is not Cardinality.UNARY_UNARY:
+        return StubMethod
+    return HedgedMethod if options.hedge and method.idempotent else UnaryMethod
+
+
 def unary_method(method: object, place: str) -> UnaryMethod:
     """Return `method` as what it is at run time, a stub's method.
 
@@ -216,17 +277,12 @@ def make_stub(service: type[S], connections: Endpoints, options: Options) -> S:
     # Not by calling the class: its constructor is the server's business.
     stub: S = object.__new__(kind)
     methods = methods_of(service)
-    hedged = {
-        attribute
-        for attribute, method in methods.items()
-        if options.hedge and method.idempotent and method.cardinality is Cardinality.UNARY_UNARY
-    }
-    if options.hedge and not hedged:
+    kinds = {attribute: kind_within(method, options) for attribute, method in methods.items()}
+    if options.hedge and HedgedMethod not in kinds.values():
         raise ValueError(f"{service.__name__} has no unary method that is idempotent: no hedging")
     for attribute, method in methods.items():
-        unary = method.cardinality is Cardinality.UNARY_UNARY
-        kind_of_method = UnaryMethod if unary else StubMethod
-        if attribute in hedged:
-            kind_of_method = HedgedMethod
-        object.__setattr__(stub, attribute, kind_of_method(connections, method, options))
+        kind = kinds[attribute]
+        if options.interceptors:
+            kind = InterceptedUnary if issubclass(kind, UnaryMethod) else Intercepted
+        object.__setattr__(stub, attribute, kind(connections, method, options))
     return stub

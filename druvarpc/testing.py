@@ -14,13 +14,17 @@ import trio
 from druvarpc.client import Client, connect_to
 from druvarpc.compression import Compression, algorithms_for
 from druvarpc.dialing import Target, Terms
+from druvarpc.handlers import ServerInterceptor
+from druvarpc.identity import Authenticate
 from druvarpc.links import Clock, Connection, End, Pipe, Wire
+from druvarpc.outgoing import ClientInterceptor
 from druvarpc.protocol import Clubbing, Limits
 from druvarpc.resilience import Breaker, Retry
 from druvarpc.server import Server
 from druvarpc.service import Service
 from druvarpc.session import quiet_nursery
 from druvarpc.timings import Timings
+from druvarpc.tokens import TokenSource
 from druvarpc.transports import Transport, memory_transports
 
 __all__ = ["Link", "connected"]
@@ -167,6 +171,10 @@ async def connected(
     breaker: Breaker | None = None,
     timings: Timings = False,
     compression: Compression | None = None,
+    token: TokenSource | None = None,
+    authenticate: Authenticate | None = None,
+    interceptors: Sequence[ClientInterceptor] = (),
+    server_interceptors: Sequence[ServerInterceptor] = (),
 ) -> AsyncGenerator[Client, None]:
     """Yield a client of a server that offers `services`, both in this process.
 
@@ -186,8 +194,18 @@ async def connected(
         breaker: when calls aren't made.
         timings: find out where the time of every call goes; see `Client.stub`.
         compression: how both compress what calls carry; see `connect`.
+        token: who the client says it is; see `connect`.
+        authenticate: what the server makes of that; see `serve`.
+        interceptors: run around the client's calls; see `connect`.
+        server_interceptors: run around the server's; see `serve`.
     """
-    server = Server(services, server_limits, compression=compression)
+    server = Server(
+        services,
+        server_limits,
+        compression=compression,
+        authenticate=authenticate,
+        interceptors=server_interceptors,
+    )
     async with quiet_nursery() as nursery:
 
         async def dial() -> Transport:
@@ -208,6 +226,8 @@ async def connected(
             retry=retry,
             breaker=breaker,
             timings=timings,
+            token=token,
+            interceptors=interceptors,
         ) as client:
             yield client
         nursery.cancel_scope.cancel()

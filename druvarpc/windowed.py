@@ -14,7 +14,8 @@ import trio
 from druvarpc.errors import ConnectionLost
 from druvarpc.flight import PORTION, Flight
 from druvarpc.pipe import closing
-from druvarpc.stubs import unary_method
+from druvarpc.stubs import InterceptedUnary, unary_method
+from druvarpc.windowed_within import windowed_within
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -40,7 +41,8 @@ def windowed(
     in seconds. It begins with 1,024 calls, doubles with each round trip while the rate follows, and
     stays between 16 and what the server takes at once (`Limits.max_calls`) with an eighth more.
     Results that wait to be taken are beside that as many again at most, and arguments and results
-    together some 24 MiB, or 16 calls if those are more.
+    together some 24 MiB, or 16 calls if those are more. With a stub that has interceptors it is a
+    window of 256 calls.
 
     Args:
         method: a unary method of a stub.
@@ -57,6 +59,10 @@ def windowed(
     stub = unary_method(method, "window")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} calls")
+    if isinstance(stub, InterceptedUnary):
+        if not isinstance(arguments, AsyncIterable):
+            arguments = iter(arguments)
+        return windowed_within(stub.connections, stub, arguments, window, ordered=ordered)
     flight = Flight(stub, window, ordered=ordered)
     if not isinstance(arguments, AsyncIterable):
         arguments = iter(arguments)

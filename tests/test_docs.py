@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,17 @@ def test_testing(tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stdout
     assert f"{tests.count('async def test_')} passed" in ran.stdout
+
+
+@pytest.mark.parametrize("page", ["interceptors.md", "metadata.md", "identity.md"])
+def test_programs(page: str, tmp_path: Path) -> None:
+    """Each program of the page is followed by a block that is its output."""
+    pairs = [(first[1], then[1]) for first, then in pairwise(blocks(page)) if first[0] == "python"]
+    assert pairs
+    for number, (program, output) in enumerate(pairs):
+        name = f"program_{number}.py"
+        (tmp_path / name).write_text(program)
+        ran = subprocess.run(
+            [sys.executable, name], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert ran.stdout == output, ran.stderr

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -27,6 +28,7 @@ from benchmarks.record import FIELDS, Record, read_fields, revised
 
 NAME = "druvarpc"
 PACKAGE = "druvarpc"
+TOKEN = "a token"
 
 
 @dataclass
@@ -36,10 +38,16 @@ class Way:
     Attributes:
         address: where the server listens; the client puts its port in the place of 0.
         tls: makes what the server encrypts with, in its folder.
+        client: interceptors of the client.
+        server: interceptors of the server.
+        identity: the client has a token, and the server asks who may call what.
     """
 
     address: str = "tcp://127.0.0.1:0"
     tls: Callable[[Path], druvarpc.TLS] | None = None
+    client: int = 0
+    server: int = 0
+    identity: bool = False
 
 
 # A variant of this peer, in a process of its own, sets another one.
@@ -86,13 +94,34 @@ class Server(Bench):
             yield message
 
 
+class GuardedServer(Server):
+    @druvarpc.authorize(lambda call: call.identity == TOKEN)
+    async def echo(self, data: bytes) -> bytes:
+        return data
+
+
+async def authenticate(caller: druvarpc.Caller) -> str | None:
+    return caller.token
+
+
+async def interceptor(_: druvarpc.InterceptedCall, proceed: druvarpc.Proceed) -> Any:
+    return await proceed()
+
+
 def serve(announce: Callable[[int], None]) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             own = folder(os.getpid())
             own.mkdir()
             tls = None if way.tls is None else way.tls(own)
-            start = partial(druvarpc.serve, [Server()], way.address.format(folder=own), tls=tls)
+            start = partial(
+                druvarpc.serve,
+                [GuardedServer() if way.identity else Server()],
+                way.address.format(folder=own),
+                tls=tls,
+                authenticate=authenticate if way.identity else None,
+                interceptors=[interceptor] * way.server,
+            )
             server = await nursery.start(start)
             port = server.addresses[0].rpartition(":")[2]
             announce(int(port) if port.isdecimal() else 0)
@@ -103,9 +132,13 @@ def serve(announce: Callable[[int], None]) -> None:
 def connect(load: Load) -> AbstractAsyncContextManager[druvarpc.Client]:
     theirs = folder(load.server)
     address = way.address.format(folder=theirs).replace(":0", f":{load.port}")
-    if way.tls is None:
-        return druvarpc.connect(address)
-    return druvarpc.connect(address, tls=druvarpc.TLS(authorities=theirs / "authority.pem"))
+    tls = None if way.tls is None else druvarpc.TLS(authorities=theirs / "authority.pem")
+    return druvarpc.connect(
+        address,
+        tls=tls,
+        token=TOKEN if way.identity else None,
+        interceptors=[interceptor] * way.client,
+    )
 
 
 async def echo(load: Load) -> Measured:

@@ -37,10 +37,11 @@ class Callee:
         wire: what the connection's parts share.
     """
 
-    __slots__ = ("_ended", "_held", "_names", "_queues", "_unsent", "_wire")
+    __slots__ = ("_auth", "_ended", "_held", "_names", "_queues", "_unsent", "_wire")
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
+        self._auth: AuthReceived | None = None
         self._names = MethodNames()
         self._queues: dict[Priority, list[tuple[int, list[object]]]] = defaultdict(list)
         self._unsent = 0
@@ -331,6 +332,10 @@ class Callee:
                 self._held[call] = None
             else:
                 ready.append(call)
+        if self._auth is not None:
+            # Noted here: a call that is held now may be told of after the next AUTH.
+            for call in calls:
+                call.token = self._auth
         if ready:
             wire.events.append(CallsReceived(ready))
 
@@ -401,7 +406,8 @@ class Callee:
         """Tell who the client says it is."""
         self._wire.patience.charge(now)
         token, metadata = frames.decode_auth(frame.body, self._wire.accepted.max_metadata)
-        self._wire.events.append(AuthReceived(token, metadata))
+        self._auth = AuthReceived(token, metadata)
+        self._wire.events.append(self._auth)
 
 
 def _add_timings(item: list[object], stream: Stream, times: Times) -> None:

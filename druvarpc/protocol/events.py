@@ -1,6 +1,6 @@
 """What the core tells its owner."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from druvarpc.errors import CloseCode, Status
 from druvarpc.protocol.clubs import Outcome
@@ -72,10 +72,15 @@ class Stalled:
 
 @dataclass(slots=True)
 class AuthReceived:
-    """The client says who it is, for the calls that come after this."""
+    """The client says who it is, for the calls that come after this: it is their `Stream.token`.
 
-    token: str
-    metadata: Metadata
+    Attributes:
+        answer: the owner's own, what it makes of this; the core never looks at it.
+    """
+
+    token: str = field(repr=False)
+    metadata: Metadata = field(repr=False)
+    answer: object = field(default=None, compare=False, repr=False)
 
 
 @dataclass(slots=True)

@@ -282,7 +282,8 @@ class Stream:
         timings: the caller asks where the call's time goes.
         compress: what is sent for it may be compressed.
         references: arguments that are results of other calls of the club.
-        token: the owner's own; the core never looks at it.
+        token: the owner's own; the core never looks at it. Of a call on the server it is at first
+            the `AuthReceived` that the call came after, if there was one.
 
     Attributes:
         id: its number in the connection; 0 until the call has been sent.

@@ -140,7 +140,8 @@ async def _connected(access: Access, act: Callable[[druvarpc.Client], Awaitable[
     async with AsyncExitStack() as stack:
         try:
             tls = druvarpc.TLS(authorities=access.tls_ca) if access.tls_ca else None
-            client = await stack.enter_async_context(druvarpc.connect(access.server, tls=tls))
+            connecting = druvarpc.connect(access.server, token=access.token(), tls=tls)
+            client = await stack.enter_async_context(connecting)
         except ValueError as error:
             raise BadAddress(str(error)) from error
         except druvarpc.ConnectionLost as error:

@@ -9,7 +9,15 @@ their own, and end between two steps when their caller leaves.
 
 import errno
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterator,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,6 +40,7 @@ from .errors import (
     PackError,
     PageError,
     StoreFailed,
+    TenantsError,
     UnknownBase,
     UnknownChunks,
     UnknownSnapshot,
@@ -43,7 +52,7 @@ from .service import MAX_FETCH, MAX_IDS, MAX_KEY, MAX_NAME, BackupStore, Piece
 from .snapshots import Snapshot
 from .store import Store
 from .tenancy import Tenancy
-from .tenants import ANYBODY, Device, Role
+from .tenants import ANYBODY, Device, Role, Tenants
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -60,6 +69,10 @@ WORK_THREADS = 2
 # Seconds that running calls have to end once the server was told to stop. New ones are refused, so
 # backups break off; the chunks they sent stay, and the next one need not send them again.
 DRAIN_TIMEOUT = 10.0
+
+# Seconds after which the file of tenants is looked at again for a connection: how long a token that
+# was taken out of it still works.
+IDENTITY_LIFE = 60.0
 
 STATUSES: dict[type[BackupError], Status] = {
     ChunkError: Status.INVALID_ARGUMENT,
@@ -216,6 +229,21 @@ def _add(draft: Draft, pieces: list[Piece]) -> None:
         draft.add(pages)
 
 
+def authenticator(tenants: Tenants) -> Callable[[druvarpc.Caller], Awaitable[druvarpc.Identity]]:
+    """Returns what tells by a token whose device calls."""
+
+    async def authenticate(caller: druvarpc.Caller) -> druvarpc.Identity:
+        try:
+            device = await trio.to_thread.run_sync(tenants.device, caller.token)
+        except TenantsError as error:
+            raise RpcError(Status.UNAVAILABLE, "the tenants cannot be read") from error
+        if device is None:
+            raise RpcError(Status.UNAUTHENTICATED, "there is no such token")
+        return druvarpc.Identity(device, expires_in=IDENTITY_LIFE)
+
+    return authenticate
+
+
 async def serve_store(
     path: Path,
     address: str,
@@ -239,7 +267,8 @@ async def serve_store(
     """
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with Tenancy.at(path, tenants) as tenancy, trio.open_nursery() as nursery:
-            serve = partial(druvarpc.serve, tls=tls)
+            authenticate = authenticator(tenancy.tenants) if tenancy.tenants else None
+            serve = partial(druvarpc.serve, tls=tls, authenticate=authenticate)
             try:
                 server = await nursery.start(serve, [StoreService(tenancy)], address)
             except ValueError as error:

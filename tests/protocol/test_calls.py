@@ -15,6 +15,7 @@ from druvarpc.protocol import (
     Outcome,
     Priority,
     Readable,
+    Reference,
     RepliesReceived,
     ResetReceived,
     SettingsReceived,
@@ -409,6 +410,31 @@ def test_a_token_goes_ahead_of_the_calls() -> None:
     assert isinstance(two.server_events[1], CallsReceived)
     with pytest.raises(LocalProtocolError, match="token"):
         two.client.authenticate("x" * 16_385)
+
+
+def test_a_call_knows_the_token_that_it_came_after() -> None:
+    """Also one that is told of later, since it waited for another, or for its arguments."""
+    two = Pair()
+    two.call()
+    two.run()
+    two.client.authenticate("first")
+    needed = Stream("Vault.begin", b"\x90")
+    needs = Stream("Vault.write", b"\x91\xc0", references=(Reference(0, 0),))
+    two.client.club([needed, needs], two.now)
+    two.run()
+    two.client.authenticate("second")
+    two.call()
+    two.run()
+    without, one, other = (
+        event.calls[0] for event in two.server_events if isinstance(event, CallsReceived)
+    )
+    first, second = (event for event in two.server_events if isinstance(event, AuthReceived))
+    two.server_events.clear()
+    two.server.reply(one, two.now, b"\x07")
+    two.run()
+    (ready,) = (event.calls[0] for event in two.server_events if isinstance(event, CallsReceived))
+    assert [without.token, one.token, other.token, ready.token] == [None, first, second, first]
+    assert repr(first) == "AuthReceived()", "a token isn't for logs"
 
 
 def test_there_are_events_until_all_are_told_and_after_an_error_always() -> None:

@@ -1,0 +1,1 @@
+"""Who calls, told by tokens that expire."""
