@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.backup.measured import measured
 from benchmarks.backup.places import PLACES, Place, at
 from benchmarks.backup.programs import PACKAGES, PROGRAMS, Program, missing_commands
-from benchmarks.backup.tables import CEILING, report
+from benchmarks.backup.tables import CEILING, first_tables, report
 from benchmarks.backup.trees import SIZE, Tree, build, installation
 from benchmarks.comparison import Pace
 from benchmarks.environment import environment
@@ -133,8 +133,12 @@ def whole(kept: dict[str, Any]) -> str:
 
 def write(kept: dict[str, Any]) -> None:
     """Put the tables into the READMEs that have markers for them."""
-    for path in ("benchmarks/README.md", "examples/backup/README.md"):
-        if not replace_block(ROOT / path, "backup", whole(kept)):
+    first = f"{first_tables(kept)}\n\n{sentence(kept)}"
+    for path, text in (
+        ("benchmarks/README.md", whole(kept)),
+        ("examples/backup/README.md", first),
+    ):
+        if not replace_block(ROOT / path, "backup", text):
             sys.exit(f"{path}: no markers for backup")
 
 

@@ -31,6 +31,18 @@ def report(results: Mapping[str, Any]) -> str:
     """Return all tables."""
     places: Mapping[str, Any] = results["places"]
     links = {name: found for name, found in places.items() if found["link"] is not None}
+    blocks = [first_tables(results), "**Against the marks**", marks_table(places)]
+    if LOOPBACK in places:
+        blocks += ["**What it costs**", costs_table(places[LOOPBACK]["rounds"])]
+    if links:
+        shown = {name: {**found, "link": found["link"]["fields"]} for name, found in links.items()}
+        blocks += ["**The links, as measured**", control_table(shown)]
+    return "\n\n".join(blocks)
+
+
+def first_tables(results: Mapping[str, Any]) -> str:
+    """Return the tables of seconds, place by place."""
+    places: Mapping[str, Any] = results["places"]
     blocks = [
         "Seconds, median of the rounds; then how many times ours that is, as the median of the "
         "rounds' ratios, with the least and the greatest. Plain rows are against ours in the "
@@ -43,12 +55,6 @@ def report(results: Mapping[str, Any]) -> str:
             f"{program}: {len(why)} of {len(found['rounds'])} rounds failed ({why[0]})."
             for program, why in found["failures"].items()
         ]
-    blocks += ["**Against the marks**", marks_table(places)]
-    if LOOPBACK in places:
-        blocks += ["**What it costs**", costs_table(places[LOOPBACK]["rounds"])]
-    if links:
-        shown = {name: {**found, "link": found["link"]["fields"]} for name, found in links.items()}
-        blocks += ["**The links, as measured**", control_table(shown)]
     return "\n\n".join(blocks)
 
 

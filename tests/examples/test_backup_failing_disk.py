@@ -24,8 +24,8 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
-# Of the moments of a power loss one in so many is looked at; all take some 20 s.
-EVERY = int(os.environ.get("DRUVARPC_LOSSES_EVERY", "4"))
+# Of the moments of a power loss one in so many is looked at; all take some 5 s in memory.
+EVERY = int(os.environ.get("DRUVARPC_LOSSES_EVERY", "1"))
 
 
 @pytest.fixture(scope="module")
