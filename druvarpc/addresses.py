@@ -16,8 +16,10 @@ _DEFAULT_PORTS: Final[dict[str, int | None]] = {
     "https": 443,
 }
 _FORM: Final = (
-    "an address is tcp://host:port, tls://host:port, http://host, https://host or unix:///path"
+    "an address is tcp://host:port, tls://host:port, http://host, https://host, unix:///path, or "
+    "for servers fd://number"
 )
+_DESCRIPTOR: Final = re.compile(r"[0-9]{1,9}")
 # A host goes into heads of HTTP: nothing that could mean more than a name. Letters of all scripts:
 # IDNA encodes them.
 _NAME: Final = re.compile(r"\w[\w.-]*")
@@ -34,12 +36,15 @@ class Address:
         host: name or number, for all but unix.
         port: likewise; 0 to let the system choose one to listen on.
         path: of the socket, for unix; of the upgrade, for http and https, "" where none is named.
+        fd: the descriptor of a socket that listens already, in the place of a host and a port. It
+            can turn out to be a Unix socket, whatever the scheme.
     """
 
     scheme: str
     host: str = ""
     port: int = 0
     path: str = ""
+    fd: int | None = None
 
     @property
     def secure(self) -> bool:
@@ -54,6 +59,9 @@ class Address:
     def __str__(self) -> str:
         if self.scheme == "unix":
             return f"unix://{self.path}"
+        if self.fd is not None:
+            prefix = "fd" if self.scheme == "tcp" else f"fd+{self.scheme}"
+            return f"{prefix}://{self.fd}{self.path}"
         return f"{self.scheme}://{host_and_port(self.host, self.port)}{self.path}"
 
 
@@ -73,6 +81,8 @@ def parse_address(text: str) -> Address:
         if not rest.startswith("/") or "?" in rest or "#" in rest or "\0" in rest:
             _refuse(text, "a Unix address is unix:///path")
         return Address("unix", path=rest)
+    if scheme == "fd" or scheme.startswith("fd+"):
+        return _parse_descriptor(text, scheme[3:] or "tcp", rest)
     if scheme not in _DEFAULT_PORTS:
         _refuse(text, _FORM)
     if _UNSAFE.search(text):  # urlsplit leaves some of them out without a word
@@ -101,6 +111,16 @@ def _parse_host(text: str, scheme: str) -> Address:
     if not (_is_number(host) if ":" in host else _NAME.fullmatch(host)):
         _refuse(text, form)
     return Address(scheme, host, port, path)
+
+
+def _parse_descriptor(text: str, scheme: str, rest: str) -> Address:
+    number, slash, path = rest.partition("/")
+    http = scheme in ("http", "https")
+    if scheme not in _DEFAULT_PORTS or not _DESCRIPTOR.fullmatch(number):
+        _refuse(text, "an inherited socket is fd://number, fd+tls://number or fd+http://number")
+    if slash and not (http and _PATH.fullmatch(f"/{path}")):
+        _refuse(text, "only fd+http://number and fd+https://number have a path")
+    return Address(scheme, path=f"/{path}" if path else "", fd=int(number))
 
 
 def _is_number(host: str) -> bool:

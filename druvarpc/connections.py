@@ -7,8 +7,8 @@ one, `only` saves the question. What ends a connection ends its calls and none o
 `_keep` watches over them: it opens those that are missing, as `ConnectionCount`
 (druvarpc/protocol/goodput.py) demands or in the place of one that has ended, and drains what is too
 many. When none is left, calls wait for the first attempt to open another; once that has failed this
-is `hopeless`, and they fail, while attempts go on. Without `reconnect` the client has ended with its last
-connection.
+is `hopeless`, and they fail, while attempts go on. Without `reconnect` the client has ended with
+its last connection.
 
 With "auto" there is one more as long as small calls go beside bulk: the quiet one, which carries
 no others. Lanes keep a small call from waiting for bulk in this process; but once in the same

@@ -18,15 +18,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Final
 
+import msgspec
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, Task
 
 from druvarpc.codec import printable
 from druvarpc.current import Served, current_call
-from druvarpc.errors import LocalProtocolError, Status
+from druvarpc.errors import RETRY_AFTER, LocalProtocolError, Status
 from druvarpc.handlers import Attempts, Entry, Requests, Run, failure_of, with_trailers
 from druvarpc.identity import Authenticate, Authenticator
 from druvarpc.interceptors import chain
+from druvarpc.load import Load
 from druvarpc.pipe import Pipe, closing
 from druvarpc.protocol import (
     CallsReceived,
@@ -90,6 +92,7 @@ class Dispatcher:
         transport: its bytes.
         nursery: where handlers run; cancelled with the connection.
         totals: where to count.
+        load: how many handlers run, those of other connections included.
         authenticate: tells whose calls they are; None for nobody's.
 
     Attributes:
@@ -102,6 +105,7 @@ class Dispatcher:
         "_core",
         "_idle",
         "_led",
+        "_load",
         "_nursery",
         "_queue",
         "_served",
@@ -119,6 +123,7 @@ class Dispatcher:
         transport: Transport,
         nursery: trio.Nursery,
         totals: Totals,
+        load: Load,
         authenticate: Authenticate | None = None,
     ) -> None:
         self.session = Session(core, transport, self._handle, self._discard)
@@ -133,6 +138,7 @@ class Dispatcher:
         self._table = table
         self._nursery = nursery
         self._totals = totals
+        self._load = load
         self._queue: list[Stream] = []  # from last to first: calls are taken off its end
         self._workers: dict[_Worker, None] = {}
         self._idle: list[Task] = []
@@ -286,6 +292,9 @@ class Dispatcher:
                 self._end(worker, call, None, late)
                 return None
             worker.scope.deadline = call.deadline
+        if self._load.full:
+            self._send_away(worker, call)
+            return None
         entry = self._table.get(call.method)
         if entry is None or entry.handler is None:
             outcome = Outcome(Status.UNIMPLEMENTED, f"{call.method} is not implemented")
@@ -312,8 +321,15 @@ class Dispatcher:
         """Run a call whose handler has blocked to its end."""
         call = worker.call
         assert call is not None
+        now, load = self.session.now, self._load
+        began = now()
+        load.enter()
         try:
-            payload = await run.finish()
+            try:
+                payload = await run.finish()
+            finally:
+                # Not before: a handler that is cancelled holds its place until it has ended.
+                load.leave(now() - began)
         except Exception as error:
             self._failed(worker, error)
         except BaseExceptionGroup as group:
@@ -367,6 +383,12 @@ class Dispatcher:
         return worker.pipe
 
     # How calls end.
+
+    def _send_away(self, worker: _Worker, call: Stream) -> None:
+        """Send a call away whose handler would be one too many."""
+        details = msgspec.msgpack.encode({RETRY_AFTER: self._load.refuse(self.session.now())})
+        busy = Outcome(Status.RESOURCE_EXHAUSTED, "the server is busy", details, not_started=True)
+        self._end(worker, call, None, busy)
 
     def _failed(self, worker: _Worker, error: Exception) -> None:
         call = worker.call

@@ -268,7 +268,8 @@ class Endpoints:
         self._turn = (self._turn + 1) % len(ready)
         chosen = ready[self._turn]
         if self._tripped and chosen.circuit is not None:
-            chosen.circuit.let_through(chosen.totals.calls_good, chosen.totals.calls_given_up)
+            totals, now = chosen.totals, trio.current_time()
+            chosen.circuit.let_through(totals.calls_good, totals.calls_given_up, now)
         return chosen.connections
 
     def _admitted(self, now: float) -> list[Endpoint]:

@@ -245,7 +245,8 @@ class Circuit:
         self._failures = 0
         self._good = 0  # at the last failure
         self._in_a_row = 0
-        self._probe: tuple[int, int] | None = None  # the counters when one call was let through
+        # The counters when one call was let through, and until when another isn't.
+        self._probe: tuple[int, int, float] | None = None
 
     def rate(self, good: int, now: float) -> float:
         """Return the part of the calls of this window that failed."""
@@ -289,15 +290,16 @@ class Circuit:
             return False
         if self._probe is None:
             return True
-        if good > self._probe[0]:
+        good_before, given_up_before, patience = self._probe
+        if good > good_before:
             self._close(now)
             return True
-        return given_up > self._probe[1]
+        return given_up > given_up_before or now >= patience
 
-    def let_through(self, good: int, given_up: int) -> None:
-        """Note that a call that was admitted is made."""
-        if self.until is not None:
-            self._probe = good, given_up
+    def let_through(self, good: int, given_up: int, now: float) -> None:
+        """Note that a call is made, or was to be: if nothing is heard of it, another is tried."""
+        if self.until is not None and now >= self.until:
+            self._probe = good, given_up, now + self._rule.pause
 
     def _close(self, now: float) -> None:
         self.until = self._probe = None

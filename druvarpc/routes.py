@@ -44,6 +44,8 @@ class Route:
         proxy: str | None = None,
         congestion_control: str | None = None,
     ) -> None:
+        if address.fd is not None:
+            raise ValueError(f"{address}: an inherited socket is for servers to listen on")
         if tls is not None and not address.secure:
             raise ValueError(f"tls= with {address}: TLS is for tls:// and https://")
         self._address = address

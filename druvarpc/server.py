@@ -3,6 +3,7 @@
 import ssl
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -16,12 +17,14 @@ from druvarpc.errors import CloseCode
 from druvarpc.handlers import ServerInterceptor, dispatch_table
 from druvarpc.http import Site
 from druvarpc.identity import Authenticate
+from druvarpc.load import Load
 from druvarpc.protocol import Budget, Connection, Limits
 from druvarpc.service import Service
 from druvarpc.session import GOODBYE, Session
 from druvarpc.statistics import Statistics, Totals
 from druvarpc.tls import HTTP, PROTOCOL, TLS, Contexts
 from druvarpc.transports import (
+    SharedListener,
     Transport,
     check_congestion_control,
     listening_address,
@@ -63,15 +66,19 @@ class Server:
         self._limits = limits
         self._memory = Budget(limits.total_memory)
         self._totals = Totals()
+        self._load = Load(limits.total_calls)
         self._sessions: dict[Session, None] = {}
         self._changed = trio.lowlevel.ParkingLot()
+        self._arriving = 0  # connections that haven't been admitted yet
         self._accepting = trio.CancelScope()
+        self._stopped = trio.Event()  # accepting, or not begun
+        self._stopped.set()
         self._serving = trio.CancelScope()
         self._draining = False
 
     def statistics(self) -> Statistics:
         """Return what this server has done so far."""
-        return self._totals.with_open(self._sessions)
+        return replace(self._totals.with_open(self._sessions), calls_refused=self._load.refused)
 
     async def drain(self, timeout: float = DRAIN_TIMEOUT) -> None:
         """Stop accepting connections and calls, let those that run end, and stop serving.
@@ -98,7 +105,9 @@ class Server:
         self._serving.cancel()
 
     async def _wait_for_sessions(self) -> None:
-        while self._sessions:
+        # A connection that was accepted at the last moment is one of them, though not at once.
+        await self._stopped.wait()
+        while self._sessions or self._arriving:
             await self._changed.park()
 
     async def run(
@@ -108,18 +117,23 @@ class Server:
     ) -> None:
         """Listen and serve until cancelled or drained."""
         listeners: list[trio.SocketListener] = []
+        own: list[trio.SocketListener] = []
         entrances: list[Entrance] = []
         try:
             for address in addresses:
                 opened = await open_listeners(address, self._congestion_control)
                 listeners += opened
                 entrances += [self._entrance(address)] * len(opened)
-                self._bound.append(address)
+                if address.fd is None:
+                    self._bound.append(address)
+                    own += opened
                 self.addresses += [str(listening_address(one, address)) for one in opened]
+            self._stopped = trio.Event()
             with self._serving:
                 async with trio.open_nursery() as nursery:
                     with self._accepting, ExitStack() as stack:
                         # Not as late as below: handlers may take long to end.
+                        stack.callback(self._stopped.set)
                         stack.callback(self._remove_sockets)
                         async with trio.open_nursery() as accepting:
                             for listener, entrance in zip(listeners, entrances, strict=True):
@@ -127,7 +141,7 @@ class Server:
                                 await accepting.start(
                                     partial(trio.serve_listeners, handler_nursery=nursery),
                                     accept,
-                                    [listener],
+                                    [listener if listener in own else SharedListener(listener)],
                                 )
                             task_status.started(self)
         finally:
@@ -147,7 +161,13 @@ class Server:
         )
         async with trio.open_nursery() as nursery:
             dispatcher = Dispatcher(
-                self._table, core, transport, nursery, self._totals, self._authenticate
+                self._table,
+                core,
+                transport,
+                nursery,
+                self._totals,
+                self._load,
+                self._authenticate,
             )
             session = dispatcher.session
             self._sessions[session] = None
@@ -183,7 +203,12 @@ class Server:
         return Entrance(site, self._limits, contexts, proxied=self._proxy_protocol)
 
     async def _accept(self, entrance: Entrance, stream: trio.SocketStream) -> None:
-        admitted = await entrance.admit(stream)
+        self._arriving += 1
+        try:
+            admitted = await entrance.admit(stream)
+        finally:
+            self._arriving -= 1
+            self._changed.unpark_all()
         if admitted is not None:
             await self.serve_transport(*admitted)
 
@@ -210,7 +235,9 @@ async def serve(
         addresses: one or more of "tcp://host:port", "tls://host:port" and "unix:///path"; port 0
             takes a free one. Each of them answers HTTP too, and so does "http://host:port/path"
             ("https:"), which moreover says where the upgrade is to be asked for; without a path,
-            and at the other addresses, that may be anywhere.
+            and at the other addresses, that may be anywhere. "fd://3" is a socket that this process
+            has been given and that listens already, also as "fd+tls://3" and so on; it stays
+            open, and the file of a Unix socket stays where it is.
         tls: how to encrypt at tls and https addresses: files, which may change while the server
             runs, or a context, which is used as it is. See `TLS`.
         proxy_protocol: every connection begins with a header of the PROXY protocol, version 1 or 2,

@@ -48,6 +48,8 @@ class Statistics:
             sorted. At most 256 such combinations are told apart; the others have the key ().
         calls_retried: by a client, once more each time; they are among `calls_started`.
         calls_hedged: copies that a client sent of calls whose replies took long, likewise.
+        calls_refused: by a server that was at its limit (`Limits.total_calls`); they are among
+            `calls_failed`.
         reconnects: how often a client opened a connection to a server to which it had none left.
     """
 
@@ -68,6 +70,7 @@ class Statistics:
     clubs: Mapping[tuple[str, ...], ClubCount]
     calls_retried: int = 0
     calls_hedged: int = 0
+    calls_refused: int = 0
     reconnects: int = 0
 
 

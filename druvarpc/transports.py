@@ -7,6 +7,7 @@ A `Transport` carries bytes for one connection. It differs from a trio stream in
 """
 
 import math
+import os
 import socket
 import stat
 from collections import deque
@@ -41,6 +42,9 @@ MAX_BUFFERS: Final = 512
 LEAST_WRITE: Final = 16 * 1024
 # What a memory transport holds for a reader, like a socket's buffer.
 MEMORY_BUFFER: Final = 256 * 1024
+# Seconds that a process leaves a shared socket to others after each connection: longer than they
+# take to wake up, and short enough that one alone still accepts 500 connections a second.
+TURN: Final = 0.002
 
 
 class Transport(Protocol):
@@ -386,10 +390,14 @@ async def open_listeners(
         congestion_control: that of TCP for what is accepted; None for the default.
 
     Raises:
+        ValueError: a descriptor is that of something else.
         OSError: that isn't possible.
     """
-    if address.scheme != "unix":
-        listeners = await trio.open_tcp_listeners(address.port, host=address.host)
+    if address.fd is not None or address.scheme != "unix":
+        if address.fd is not None:
+            listeners = [_inherited_listener(address.fd)]
+        else:
+            listeners = await trio.open_tcp_listeners(address.port, host=address.host)
         if congestion_control is not None:
             for listener in listeners:
                 set_congestion_control(listener.socket, congestion_control)
@@ -406,12 +414,55 @@ async def open_listeners(
     return [trio.SocketListener(listening)]
 
 
+def _inherited_listener(fd: int) -> trio.SocketListener:
+    """Return a listener on a duplicate of a descriptor, which stays open as its owner's.
+
+    Whether its reads block is told to all that share the socket: they don't from now on.
+    """
+    duplicate = os.dup(fd)
+    try:
+        listening = socket.socket(fileno=duplicate)
+    except OSError:
+        os.close(duplicate)
+        raise
+    try:
+        if listening.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+            raise ValueError(f"descriptor {fd} is a socket of another kind than TCP and Unix")
+        return trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+    except ValueError as error:
+        listening.close()
+        raise ValueError(f"fd://{fd}: {error}") from None
+
+
+class SharedListener(trio.abc.Listener[trio.SocketStream]):
+    """A listener on a socket on which other processes listen, too.
+
+    Who has accepted a connection leaves the next one to others for a moment. Otherwise the process
+    that was the first to wake up takes all of a burst, while the others are still on their way.
+    """
+
+    def __init__(self, inner: trio.SocketListener) -> None:
+        self._inner = inner
+        self._again_at = -math.inf
+
+    async def accept(self) -> trio.SocketStream:
+        """Wait for a connection; cancelled, it has accepted none."""
+        await trio.sleep_until(self._again_at)
+        accepted = await self._inner.accept()
+        self._again_at = trio.current_time() + TURN
+        return accepted
+
+    async def aclose(self) -> None:
+        """Close it in this process."""
+        await self._inner.aclose()
+
+
 def listening_address(listener: trio.SocketListener, address: Address) -> Address:
     """Return where a listener for `address` listens, with the port that the system chose."""
     name = listener.socket.getsockname()
     if isinstance(name, str):
         return Address("unix", path=name)
-    return replace(address, host=name[0], port=name[1])
+    return replace(address, host=name[0], port=name[1], fd=None)
 
 
 def accepted_transport(stream: trio.SocketStream) -> SocketTransport:

@@ -140,14 +140,23 @@ def test_one_call_tries_it_and_tells():
     circuit = opened()
     assert not circuit.admits(0, 0, 4.9)
     assert circuit.admits(0, 0, 5)
-    circuit.let_through(0, 0)
+    circuit.let_through(0, 0, 5)
     assert not circuit.admits(0, 0, 6)
     assert circuit.admits(0, 1, 6), "it was given up"
-    circuit.let_through(0, 1)
+    circuit.let_through(0, 1, 6)
     assert not circuit.admits(0, 1, 6)
     assert circuit.admits(1, 1, 7), "it went well"
     assert circuit.until is None
     assert not circuit.fail(1, 8), "and all is forgotten"
+
+
+def test_a_call_that_nothing_is_heard_of_is_not_waited_for_for_ever():
+    circuit = opened()
+    circuit.let_through(0, 0, 2)
+    assert circuit.admits(0, 0, 5), "that was none: all calls were refused"
+    circuit.let_through(0, 0, 5)
+    assert not circuit.admits(0, 0, 9.9)
+    assert circuit.admits(0, 0, 10)
 
 
 def test_a_failure_that_comes_late_opens_it_no_longer():
@@ -191,7 +200,7 @@ def test_a_circuit_never_lets_more_than_one_call_through_until_it_is_well(steps)
             now += seconds
         elif what == "call":
             if circuit.admits(good, given_up, now):
-                circuit.let_through(good, given_up)
+                circuit.let_through(good, given_up, now)
                 closed = circuit.until is None
                 assert closed or now >= circuit.until
                 if not closed:
@@ -213,7 +222,7 @@ def test_a_circuit_never_lets_more_than_one_call_through_until_it_is_well(steps)
         given_up += under_way
         now = max(now, circuit.until)
         assert circuit.admits(good, given_up, now)
-        circuit.let_through(good, given_up)
+        circuit.let_through(good, given_up, now)
         assert circuit.admits(good + 1, given_up, now)
         assert circuit.until is None
 

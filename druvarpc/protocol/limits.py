@@ -9,7 +9,7 @@ from druvarpc.protocol.frames import Settings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What an endpoint grants to each of its connections, and in `total_memory` to all together.
+    """What an endpoint grants to each of its connections, and by `total_...` to all together.
 
     The memory that a peer can make a connection hold is at most `connection_window` for messages
     that nobody reads, `memory` for growth and for large messages that are arriving, and
@@ -29,6 +29,8 @@ class Limits:
         memory: bytes that windows may grow by and unfinished messages may take.
         total_memory: the same for all connections of a server, or of a client, together; beyond it
             each connection still gets one unfinished message.
+        total_calls: handlers running at once, all connections of a server together; calls beyond it
+            are refused, see docs/serving.md.
         handshake_timeout: seconds until the peer's settings have come.
         frame_timeout: seconds from a frame's first byte to its last.
         keepalive_interval: seconds of silence until the peer is asked whether it lives.
@@ -46,6 +48,7 @@ class Limits:
     connection_window: int = 4 * 1024 * 1024
     memory: int = 128 * 1024 * 1024
     total_memory: int = 512 * 1024 * 1024
+    total_calls: int = 64 * 1024
     handshake_timeout: float = 10.0
     frame_timeout: float = 60.0
     keepalive_interval: float = 30.0

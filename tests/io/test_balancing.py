@@ -391,6 +391,36 @@ async def test_a_probe_that_is_given_up_leaves_its_place_to_another(autojump_clo
         assert await try_names(client, 1) == {"a": 1}
 
 
+async def test_a_probe_that_is_never_sent_is_not_waited_for(autojump_clock, sites):
+    there = sites("a")
+    there.fail(0)
+    async with there.connect(retry=None, breaker=BREAKER) as client:
+        await try_names(client, 3)
+        there.sites[0].answer = "a"
+        await trio.sleep(5)
+        bad = client.stub(Site, metadata={"key": "x" * 10**6})
+        with pytest.raises(RpcError) as failed:
+            await bad.name()
+        assert failed.value.status is Status.INVALID_ARGUMENT
+        await trio.sleep(5)
+        assert await try_names(client, 10) == {"a": 10}
+
+
+async def test_a_bad_server_that_was_used_for_lack_of_others_is_tried_again(autojump_clock, sites):
+    there = sites("ab")
+    there.fail(0)
+    async with there.connect(**PLAIN) as client:
+        await try_names(client, 20)
+        there.networks[1].answer = refuse
+        there.networks[1].lose(0)
+        await trio.sleep(1)
+        await try_names(client, 4)
+        there.networks[1].answer = trio.lowlevel.checkpoint
+        there.sites[0].answer = "a"
+        await trio.sleep(60)
+        assert (await try_names(client, 20))["a"] >= 9
+
+
 async def test_a_deadline_that_passes_counts(autojump_clock, sites):
     there = sites("a")
     there.sites[0].pause = 100

@@ -1,3 +1,5 @@
+import socket
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 
@@ -5,7 +7,8 @@ import pytest
 import trio
 
 import druvarpc
-from tests.io.peers import TCP, Work, Workshop, serving, settled
+from druvarpc.protocol.frames import GOAWAY
+from tests.io.peers import HELLO, TCP, Work, Workshop, raw_client, serving, settled
 
 
 async def refused(work: Work) -> None:
@@ -264,3 +267,114 @@ async def test_a_server_can_be_served_again_on_the_same_address():
                 assert await other.stub(Work).echo(b"new") == b"new"
                 workshop.release.set()
     assert workshop.finished == 1
+
+
+async def test_a_connection_that_has_not_spoken_yet_is_told():
+    workshop = Workshop()
+    async with trio.open_nursery() as nursery:
+        server = await nursery.start(druvarpc.serve, [workshop], TCP)
+        async with raw_client(server, hello=b"") as peer:
+            async with druvarpc.connect(server.addresses[0]) as later:
+                await later.ping()  # so the first has been accepted
+            with trio.fail_after(5):
+                async with trio.open_nursery() as draining:
+                    draining.start_soon(server.drain)
+                    await settled(lambda: server.statistics().connections == 0)
+                    await peer.send(HELLO)
+                    assert (await peer.until(GOAWAY)).reason[0] == 0
+                    await peer.stream.send_eof()
+
+
+class Counter(Workshop):
+    """Notes what its handlers got, and lets others run meanwhile."""
+
+    def __init__(self, handled: list[bytes]) -> None:
+        super().__init__()
+        self.handled = handled
+
+    async def echo(self, data: bytes) -> bytes:
+        self.handled.append(data)
+        await trio.lowlevel.checkpoint()
+        return data
+
+    async def gather(self, pieces) -> int:
+        return sum([len(piece) async for piece in pieces])
+
+
+async def test_nothing_fails_while_servers_that_share_a_socket_drain_in_turn():
+    """Calls of all kinds, most of them not idempotent; each of them is handled exactly once."""
+    handled: list[bytes] = []
+    made: list[bytes] = []
+    streams = []
+    over = False
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        for _ in range(5):
+            yield bytes(3000)
+
+    async def call(work: Work, name: str) -> None:
+        while not over:
+            data = b"%s.%d" % (name.encode(), len(made))
+            made.append(data)
+            assert await work.echo(data) == data
+
+    async def stream(work: Work) -> None:
+        while not over:
+            assert await work.gather(pieces()) == 15_000
+            async with aclosing(work.pour(5, 3000)) as items:
+                assert sum([len(item) async for item in items]) == 15_000
+            async with aclosing(work.chat(pieces())) as items:
+                assert sum([len(item) async for item in items]) == 15_000
+            streams.append(1)
+
+    async def club(client: druvarpc.Client, work: Work, name: str) -> None:
+        while not over:
+            data = b"%s.%d" % (name.encode(), len(made))
+            made.extend([data, data])
+            async with client.club() as together:
+                first = together.call(work.echo, data)
+                second = together.call(work.echo, first)
+            assert second.value == data
+
+    async def many(work: Work, name: str) -> None:
+        while not over:
+            sent = [b"%s.%d.%d" % (name.encode(), len(made), count) for count in range(50)]
+            made.extend(sent)
+            async with aclosing(druvarpc.windowed(work.echo, sent)) as results:
+                assert [result async for result in results] == sent
+
+    async def be_a_client(address: str, name: str) -> None:
+        async with druvarpc.connect(address) as client, trio.open_nursery() as callers:
+            work = client.stub(Work)
+            for number in range(5):
+                callers.start_soon(call, work, f"{name}.call{number}")
+                callers.start_soon(stream, work)
+            callers.start_soon(club, client, work, f"{name}.club")
+            callers.start_soon(many, work, f"{name}.many")
+
+    async def come_and_go(address: str, name: str) -> None:
+        while not over:
+            async with druvarpc.connect(address) as client:
+                for _ in range(3):
+                    data = b"%s.%d" % (name.encode(), len(made))
+                    made.append(data)
+                    assert await client.stub(Work).echo(data) == data
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, trio.fail_after(20):
+        start = partial(druvarpc.serve, [Counter(handled)], f"fd://{listening.fileno()}")
+        async with trio.open_nursery() as servers:
+            server = await servers.start(start)
+            async with trio.open_nursery() as clients:
+                for number in range(3):
+                    clients.start_soon(be_a_client, server.addresses[0], str(number))
+                    clients.start_soon(come_and_go, server.addresses[0], f"{number}.brief")
+                for _ in range(5):
+                    calls, streamed = len(handled), len(streams)
+                    await settled(
+                        lambda: len(handled) > calls + 300 and len(streams) > streamed + 5  # noqa: B023
+                    )
+                    old, server = server, await servers.start(start)
+                    await old.drain()
+                over = True
+            servers.cancel_scope.cancel()
+    assert sorted(handled) == sorted(made)

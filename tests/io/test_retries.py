@@ -326,6 +326,30 @@ async def test_a_server_that_answers_nothing_cannot_make_a_client_spin(autojump_
         assert now() == start + 100
 
 
+async def test_a_server_that_refuses_every_call_is_not_asked_for_ever(autojump_clock, nursery):
+    """Each connection is drained while the call is on its way."""
+    there = Network(nursery, MemoryVault(), link=Link(rtt=0.01))
+    drained = 0
+
+    async def drain_each() -> None:
+        nonlocal drained
+        while True:
+            await trio.sleep(0.001)
+            if drained < len(there.servers) and client.statistics().calls_active:
+                nursery.start_soon(there.servers[drained].drain, 1)
+                drained += 1
+
+    async with there.connect() as client, trio.open_nursery() as draining:
+        draining.start_soon(drain_each)
+        start = now()
+        with pytest.raises(druvarpc.ConnectionLost) as lost:
+            await client.stub(Vault).add(1)
+        assert lost.value.not_started
+        assert now() - start < 60
+        assert len(there.dials) < 30
+        draining.cancel_scope.cancel()
+
+
 # --- calls known not to have started ---
 
 

@@ -67,6 +67,15 @@ async def answers(address: str) -> bool:
         ("unix:///a?b", "a Unix address is"),
         ("unix:///a#b", "a Unix address is"),
         ("unix:///a\0b", "a Unix address is"),
+        ("fd://", "an inherited socket is fd://number"),
+        ("fd://x", "an inherited socket is"),
+        ("fd://-1", "an inherited socket is"),
+        ("fd://3:4", "an inherited socket is"),
+        ("fd+unix://3", "an inherited socket is"),
+        ("fd+ftp://3", "an inherited socket is"),
+        ("fd://3/path", "only fd\\+http://number and fd\\+https://number have a path"),
+        ("fd+tls://3/path", "only fd\\+http"),
+        ("fd+http://3/a b", "only fd\\+http|no spaces"),
     ],
 )
 async def test_an_address_that_is_none_is_refused_with_what_is_wrong(address, complaint):
@@ -88,6 +97,11 @@ async def test_an_address_that_is_none_is_refused_with_what_is_wrong(address, co
         ("https://a_b-c.de:8/rpc/x", Address("https", "a_b-c.de", 8, "/rpc/x"), None),
         ("http://b\u00fccher.example:80", Address("http", "b\u00fccher.example", 80), None),
         ("unix:///a b", Address("unix", path="/a b"), None),
+        ("fd://3", Address("tcp", fd=3), None),
+        ("fd+tcp://3", Address("tcp", fd=3), "fd://3"),
+        ("fd+tls://17", Address("tls", fd=17), None),
+        ("fd+http://3/rpc", Address("http", path="/rpc", fd=3), None),
+        ("fd+https://3/", Address("https", fd=3), "fd+https://3"),
     ],
 )
 def test_addresses(text, address, written):
@@ -116,6 +130,55 @@ async def test_a_server_listens_on_several_addresses(tmp_path):
         assert not any(address.endswith(":0") for address in server.addresses)
         for address in server.addresses:
             assert await answers(address)
+
+
+# --- inherited sockets ---
+
+
+async def test_a_socket_that_listens_already():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        expected = f"tcp://127.0.0.1:{listening.getsockname()[1]}"
+        for _ in range(2):  # the server's end leaves it as it was
+            async with serving(Workshop(), f"fd://{listening.fileno()}") as server:
+                assert server.addresses == [expected]
+                assert await answers(expected)
+        async with serving(Workshop(), f"fd+http://{listening.fileno()}/rpc") as server:
+            assert server.addresses == [f"http{expected.removeprefix('tcp')}/rpc"]
+            assert await answers(server.addresses[0])
+
+
+async def test_an_inherited_unix_socket_keeps_its_file(tmp_path):
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        async with serving(Workshop(), f"fd://{listening.fileno()}") as server:
+            assert server.addresses == [f"unix://{path}"]
+            assert await answers(server.addresses[0])
+            await server.drain()
+        assert path.exists()
+        async with serving(Workshop(), f"fd://{listening.fileno()}") as server:
+            assert await answers(server.addresses[0])
+
+
+async def test_what_is_no_listening_socket_is_refused(tmp_path):
+    with socket.socket() as idle, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
+        for one in (idle, datagrams):
+            with pytest.raises(ValueError, match=f"^fd://{one.fileno()}: "):
+                await druvarpc.serve([Workshop()], f"fd://{one.fileno()}")
+            assert one.fileno() >= 0
+            one.getsockname()
+    with (tmp_path / "file").open("wb") as file:
+        with pytest.raises(OSError, match=r"[Ss]ocket"):
+            await druvarpc.serve([Workshop()], f"fd://{file.fileno()}")
+    with pytest.raises(OSError, match=r"[Dd]escriptor"):
+        await druvarpc.serve([Workshop()], "fd://999999")
+
+
+async def test_clients_connect_to_no_descriptor():
+    with pytest.raises(ValueError, match="for servers to listen on"):
+        async with druvarpc.connect("fd://3"):
+            pass
 
 
 # --- Unix sockets ---
