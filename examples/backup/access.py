@@ -1,5 +1,6 @@
 """How a command reaches the server: the connection, the tenant's token and keys, and signals."""
 
+import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable
@@ -84,6 +85,8 @@ def run(access: Access, act: Callable[[druvarpc.Client], Awaitable[T]]) -> T:
         BackupError: The server's URL is none, or nobody answers there; or a secret is missing.
     """
     access.check()
+    # What the library logs of lost connections ends as an error, which is told once.
+    logging.getLogger("druvarpc").addHandler(logging.NullHandler())
     return trio.run(_until_signal, partial(_connected, access, act))
 
 
