@@ -265,5 +265,9 @@ class _Pack:
     def _all_rows(self) -> Iterator[Stored]:
         offset = 0
         while batch := self._catalogue.in_pack(self._use.number, offset, BATCH):
-            yield from batch
+            for stored in batch:
+                # What was put since the pack's end was looked up lies beyond it, and is not read.
+                if stored.where.offset >= self._use.end:
+                    return
+                yield stored
             offset = batch[-1].where.offset + 1

@@ -51,6 +51,17 @@ def test_an_intact_store_is_read_to_the_end(store, monkeypatch):
     assert last.total >= last.bytes > 0
 
 
+def test_what_is_put_meanwhile_is_not_called_damaged(store, monkeypatch):
+    monkeypatch.setattr(verify, "REPORT", 3)
+    put(store, range(5))
+    damages = []
+    for number, report in enumerate(store.verify()):
+        damages.extend(report.damage)
+        put(store, [100 + number])
+    assert damages == []
+    assert found(store) == []
+
+
 def test_a_damaged_chunk_hits_the_paths_that_need_it(tmp_path):
     with Store(tmp_path) as store:
         put(store, range(4))
