@@ -781,6 +781,62 @@ async def test_a_token_that_is_refused_again_is_an_error_and_asked_for_rarely(au
         assert source.given <= 2
 
 
+async def test_a_call_is_not_made_again_with_the_token_that_was_refused(autojump_clock):
+    """Neither while no other is asked for, nor if that is no other."""
+    source, door = Source(), Revoking()
+    door.good = 1000
+    for token, again in ((source, True), (lambda: "bad", False)):
+        async with connected([MyWho()], token=token, authenticate=door) as client:
+            who, start = client.stub(Who), trio.current_time()
+            for _ in range(50):
+                for call in (who.am_i, partial(first_of, who.watch(1))):
+                    with pytest.raises(RpcError, match="UNAUTHENTICATED"):
+                        await call()
+                await trio.sleep(0.1)
+            assert trio.current_time() - start < 6
+            renewed = source.given - 1 if again else 0
+            assert client.statistics().calls_retried == renewed
+            assert client.statistics().calls_started == 100 + renewed
+    assert 3 <= source.given <= 6
+
+
+async def test_refused_calls_are_made_again_together_only_with_another_token(autojump_clock):
+    source, door = Source(), Revoking()
+    link = Link(rtt=0.2)
+    async with connected([MyWho()], token=source, authenticate=door, link=link) as client:
+        who = client.stub(Who)
+        assert await who.am_i() == "token 1"
+        door.good = 1000
+        await trio.sleep(11)
+        for count, sent in ((2, 2), (1, 1)):
+            before = client.statistics().calls_started
+
+            async def call() -> None:
+                with pytest.raises(RpcError, match="UNAUTHENTICATED"):
+                    await who.am_i()
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(100):
+                    nursery.start_soon(call)
+            assert source.given == 2, count
+            assert client.statistics().calls_started - before == 100 * sent
+
+
+async def test_a_call_that_the_last_token_was_refused_for_has_the_one_that_came_meanwhile(
+    autojump_clock,
+):
+    source, door = Source(100), Revoking()
+    link = Link(rtt=0.4)
+    async with connected([MyWho()], token=source, authenticate=door, link=link) as client:
+        who = client.stub(Who)
+        assert await who.am_i() == "token 1"
+        door.good = 2
+        await trio.sleep_until(79.9)
+        assert source.given == 1
+        assert await who.am_i() == "token 2"
+        assert (source.given, client.statistics().calls_retried) == (2, 1)
+
+
 async def test_a_fixed_token_that_is_refused_is_an_error():
     async with connected([MyWho()], token="bad", authenticate=Door()) as client:
         with pytest.raises(RpcError, match="who are you"):
