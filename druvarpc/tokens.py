@@ -37,7 +37,8 @@ class Token:
 
     Attributes:
         value: the token, at most 16,384 bytes.
-        expires_in: seconds, counted from when it was returned.
+        expires_in: seconds, counted from when it was returned, or given to `connect`: afterwards no
+            connection is made with it.
         metadata: what goes with it to the server's `authenticate`.
     """
 
@@ -131,7 +132,13 @@ class Tokens:
             await self._fetched()
 
     async def _fetched(self) -> None:
-        """Wait for a fetch."""
+        """Wait for a fetch.
+
+        Raises:
+            RpcError: it failed, or there is nothing to fetch another token from.
+        """
+        if not self.renewable:
+            raise RpcError(Status.UNAUTHENTICATED, "the token has expired", not_started=True)
         if trio.current_time() >= self._failed_at + _YOUNG:
             self._wanted.set()
             await self._waiting.park()

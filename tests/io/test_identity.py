@@ -837,6 +837,21 @@ async def test_a_call_that_the_last_token_was_refused_for_has_the_one_that_came_
         assert (source.given, client.statistics().calls_retried) == (2, 1)
 
 
+async def test_a_fixed_token_that_expires_is_an_error_of_what_needs_it(autojump_clock):
+    link = Link(rtt=0.01)
+    token = Token("me", expires_in=5)
+    async with connected([MyWho()], token=token, authenticate=Door(), link=link) as client:
+        who = client.stub(Who)
+        assert await who.am_i() == "me"
+        await trio.sleep(6)
+        link.cut()
+        await trio.sleep(0.1)
+        with trio.fail_after(5):
+            with pytest.raises(ConnectionLost, match="the token has expired") as lost:
+                await who.am_i()
+        assert lost.value.not_started
+
+
 async def test_a_fixed_token_that_is_refused_is_an_error():
     async with connected([MyWho()], token="bad", authenticate=Door()) as client:
         with pytest.raises(RpcError, match="who are you"):
