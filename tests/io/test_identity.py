@@ -25,6 +25,8 @@ from druvarpc import (
     authorize,
     current_call,
 )
+from druvarpc.client import connect_to
+from druvarpc.dialing import Target, Terms
 from druvarpc.protocol import Connection, Reference, RepliesReceived, Stream
 from druvarpc.protocol.frames import CALLS, encode_auth, frame, pack
 from druvarpc.server import Server
@@ -234,6 +236,36 @@ async def test_without_a_good_token_no_call_is_begun(make, answer):
 async def test_without_authenticate_there_is_no_identity():
     async with connected([MyWho()], token="me") as client:
         assert await client.stub(Who).am_i() == "None"
+
+
+async def test_a_server_that_takes_less_metadata_than_go_with_the_token(autojump_clock, nursery):
+    """Nothing is left of the attempts to connect to it."""
+    server = Server([MyWho()], Limits(max_metadata=8192), authenticate=Door())
+    dials = 0
+
+    async def dial() -> Transport:
+        nonlocal dials
+        dials += 1
+        near, far = memory_transports()
+        nursery.start_soon(server.serve_transport, far)
+        return near
+
+    token = Token("me", metadata={"key": "v" * 12_000})
+    targets, terms = [Target("memory", dial)], Terms()
+    with pytest.raises(ConnectionLost, match="doesn't take the token"):
+        async with connect_to(targets, terms, token=token):
+            pass
+
+    async def connect_for_ever() -> None:
+        async with connect_to(targets, terms, token=token, wait_for_ready=True):
+            raise AssertionError("it connected")
+
+    async with trio.open_nursery() as connecting:
+        connecting.start_soon(connect_for_ever)
+        await trio.sleep(300)
+        assert dials > 10
+        assert server.statistics().connections <= 1
+        connecting.cancel_scope.cancel()
 
 
 async def test_what_the_client_sends_with_its_token():
