@@ -112,6 +112,12 @@ def around(rounds: int) -> dict[str, Any]:
         kept["versions"].append(" ".join(first.splitlines()[0].split()[:2]))
     kept["versions"].append(controls.iperf_version())
     kept["link"] = "netem" if has_netem() else "forwarder.c over TUN"
+    kept["files"] = subprocess.run(
+        ["stat", "--file-system", "--format=%T", tempfile.gettempdir()],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     return kept
 
 
