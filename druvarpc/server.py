@@ -167,6 +167,7 @@ class Server:
                 nursery,
                 self._totals,
                 self._load,
+                self._memory,
                 self._authenticate,
             )
             session = dispatcher.session

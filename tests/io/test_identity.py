@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
@@ -272,6 +273,63 @@ async def test_a_call_that_is_abandoned_while_it_waits_isnt_begun():
             await trio.testing.wait_all_tasks_blocked()
             door.opened.set()
     assert service.ran == ["one"]
+
+
+async def test_large_arguments_that_wait_are_few_and_small_ones_many():
+    door, limits = Door(opened=False), Limits(max_message=1_000_000)
+    status: list[tuple[Status, bool]] = []
+    answers: list[str] = []
+
+    async def bulk() -> None:
+        try:
+            answers.append(await who.bulk(bytes(400_000)))
+        except RpcError as error:
+            status.append((error.status, error.not_started))
+
+    async with connected(
+        [MyWho()],
+        token="me",
+        authenticate=door,
+        server_limits=limits,
+        compression="zlib",
+        retry=None,
+    ) as client:
+        who = client.stub(Who)
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(bulk)
+            for _ in range(100):
+                nursery.start_soon(who.bulk, bytes(16_000))
+            await trio.testing.wait_all_tasks_blocked()
+            assert status == [(Status.RESOURCE_EXHAUSTED, True)] * 8
+            door.opened.set()
+        assert answers == ["me 400000"] * 2
+        for _ in range(5):
+            assert await who.bulk(bytes(900_000)) == "me 900000"
+
+
+async def test_calls_abandoned_while_they_wait_take_no_memory():
+    door, limits = Door(opened=False), Limits(max_message=1_000_000)
+    async with connected(
+        [MyWho()], token="me", authenticate=door, server_limits=limits, retry=None
+    ) as client:
+        who = client.stub(Who)
+        tracemalloc.start()
+        try:
+            for _ in range(20):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(who.bulk, bytes(900_000))
+                    await trio.testing.wait_all_tasks_blocked()
+                    nursery.cancel_scope.cancel()
+                await trio.testing.wait_all_tasks_blocked()
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert held < 3_000_000
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(who.bulk, bytes(900_000))
+            await trio.testing.wait_all_tasks_blocked()
+            door.opened.set()
 
 
 async def test_authenticate_is_cancelled_with_the_connection():
