@@ -16,7 +16,6 @@ the claim lasts, and a failure (it raised something else, or took too long) for 
 
 import logging
 import math
-import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,8 +23,9 @@ from typing import Final
 
 import trio
 
+from druvarpc.authorization import whereabouts
 from druvarpc.errors import Status, cancelled_part, rpc_error_in
-from druvarpc.handlers import failure_of
+from druvarpc.handlers import outcome_of
 from druvarpc.peers import Certificate, UnixCredentials
 from druvarpc.protocol import AuthReceived, Budget, Outcome, State, Stream
 from druvarpc.session import Session
@@ -247,16 +247,16 @@ class Authenticator:
         core = self._session.core
         found = rpc_error_in(error)
         if found is not None:
-            outcome = failure_of("authenticate", found, core.peer.max_inline)
-            return replace(outcome, not_started=True)
+            try:
+                outcome = outcome_of("authenticate", found, core.peer.max_inline)
+                if outcome is not None:
+                    return replace(outcome, not_started=True)
+            except Exception as malformed:
+                error = malformed
         if isinstance(error, trio.TooSlowError):
             logger.error("%s: authenticate took too long", caller.address)
             return Outcome(Status.UNAVAILABLE, "authentication took too long", not_started=True)
-        text = "".join(traceback.format_exception(error))
-        if caller.token:
-            # It may well be the key that wasn't in a dict.
-            text = text.replace(caller.token, "(the token)")
-        logger.error("%s: authenticate failed\n%s", caller.address, text)
+        logger.error("%s: authenticate failed\n%s", caller.address, whereabouts(error))
         return Outcome(Status.INTERNAL, "the server failed", not_started=True)
 
     def _go_on(self, claim: _Claim) -> None:
