@@ -255,6 +255,7 @@ def metrics(figures: Statistics) -> str:
     counters: Mapping[str, float] = {
         "calls_started_total": figures.calls_started,
         "calls_failed_total": figures.calls_failed,
+        "calls_refused_total": figures.calls_refused,
         "clubs_sent_total": figures.clubs_sent,
         "calls_clubbed_total": figures.calls_clubbed,
         "bytes_sent_total": figures.bytes_sent,

@@ -209,6 +209,25 @@ async def test_metrics_are_what_the_statistics_say():
             assert f"# TYPE {name} {kind}" in lines
 
 
+async def test_metrics_count_the_calls_that_a_busy_server_refuses():
+    workshop = Workshop()
+    async with (
+        serving(workshop, limits=druvarpc.Limits(total_calls=1)) as server,
+        druvarpc.connect(server.addresses[0], retry=None) as client,
+        trio.open_nursery() as nursery,
+    ):
+        work = client.stub(Work)
+        nursery.start_soon(work.hold)
+        await workshop.until(lambda: workshop.running == 1)
+        for _ in range(3):
+            with pytest.raises(druvarpc.RpcError, match="the server is busy"):
+                await work.hold()
+        page = await ask(server, get("/metrics"))
+        assert b"\n# TYPE druvarpc_calls_refused_total counter\n" in page
+        assert b"\ndruvarpc_calls_refused_total 3\n" in page
+        workshop.release.set()
+
+
 async def test_a_draining_server_is_not_healthy():
     workshop = Workshop()
     keep = get("/healthz").replace(b"Connection: close\r\n", b"")
