@@ -59,6 +59,7 @@ LAYERS = (
     "stubs dispatch windowed_within",
     "club flight",
     "windowed",
+    "arrivals",
     "tls http",
     "tls_transport",
     "routes entrance",
