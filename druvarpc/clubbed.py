@@ -11,7 +11,7 @@ from typing import Any
 import trio
 
 from druvarpc.calls import Call
-from druvarpc.errors import cancelled_part
+from druvarpc.errors import RpcError, Status, cancelled_part
 from druvarpc.interceptors import chain
 from druvarpc.outgoing import Around, OutgoingCall
 from druvarpc.replies import Pairs
@@ -100,7 +100,12 @@ class ClubbedCall:
         if self._failure is not None and self._bound:
             # What it needs of others is forgotten once the club has ended.
             raise self._failure
-        return await self._around.plain(outgoing.metadata)(*outgoing.arguments)
+        # This task isn't in the scopes of the call's author.
+        late = trio.current_time() >= outgoing.deadline
+        if not late:
+            with trio.CancelScope(deadline=outgoing.deadline):
+                return await self._around.plain(outgoing.metadata)(*outgoing.arguments)
+        raise RpcError(Status.DEADLINE_EXCEEDED, "the deadline passed", not_started=late)
 
     async def _in_club(self, outgoing: OutgoingCall) -> Any:
         arguments = None if outgoing.arguments is self._arguments else outgoing.arguments
