@@ -1,11 +1,11 @@
 """A call of a club within interceptors.
 
 Its interceptors run in a task of the club's. They get as far as their first `proceed()` before the
-club goes out, so that what they changed goes with it; those that answer by themselves take their
+call goes out, so that what they changed goes with it; those that answer by themselves take their
 call out of the club. A second attempt is a call of its own.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import trio
@@ -29,6 +29,7 @@ class ClubbedCall:
         deadline: of the scopes that it was added in.
         change: takes the metadata, and the arguments if the interceptors have replaced them.
         result: returns what the call returned, or raises why it failed, once it is settled.
+        on_progress: called when it can be sent, and when it has gone well.
 
     Attributes:
         ready: it can be sent, or won't be.
@@ -45,6 +46,7 @@ class ClubbedCall:
         bound: bool,
         change: Callable[[Pairs, tuple[Any, ...] | None], None],
         result: Callable[[], Awaitable[Any]],
+        on_progress: Callable[[], object],
     ) -> None:
         self.ready = trio.Event()
         self.settled = trio.Event()
@@ -58,6 +60,7 @@ class ClubbedCall:
         self._deadline = deadline
         self._change = change
         self._result = result
+        self._on_progress = on_progress
         self._call: Call | None = None
         self._failure: Exception | None = None
 
@@ -75,9 +78,12 @@ class ClubbedCall:
         assert self._call is not None
         if not self._call.failed:
             self.settled.set()
+            self._on_progress()
 
-    async def run(self) -> None:
-        """Run the interceptors."""
+    async def run(self, after: Sequence["ClubbedCall"] = ()) -> None:
+        """Run the interceptors, once these calls can be sent."""
+        for call in after:
+            await call.ready.wait()
         outgoing = OutgoingCall(self._around.method, self._arguments, self._around.metadata)
         outgoing.deadline = min(outgoing.deadline, self._deadline)
 
@@ -92,6 +98,7 @@ class ClubbedCall:
             raise cancelled_part(group) from None
         self.ended.set()
         self.ready.set()
+        self._on_progress()
 
     async def _attempt(self, outgoing: OutgoingCall) -> Any:
         outgoing.attempt += 1
@@ -112,6 +119,7 @@ class ClubbedCall:
         self._change(self._around.pairs(outgoing.metadata), arguments)
         self._wanted = True
         self.ready.set()
+        self._on_progress()
         await self.settled.wait()
         try:
             return await self._result()

@@ -145,19 +145,22 @@ class Reply(Part, Generic[T]):
         self._value, self._error = within.value, within.error
 
     def answer(self) -> bytes | None:
-        """Return what interceptors answered in the call's place, as it would have come.
+        """Return the result as it has come, or would have if interceptors hadn't answered.
 
-        None if they haven't.
+        None if there is none, or not yet.
 
         Raises:
             RpcError: it can't be encoded.
         """
-        if self.within is None or not self.within.answered or self.within.error is not None:
-            return None
-        try:
-            return self._method.encode_result(self.within.value)
-        except ENCODE_ERRORS as error:
-            raise unencodable(f"{self._method.name}: result", error) from error
+        if self.within is not None and self.within.answered:
+            if self.within.error is not None:
+                return None
+            try:
+                return self._method.encode_result(self.within.value)
+            except ENCODE_ERRORS as error:
+                raise unencodable(f"{self._method.name}: result", error) from error
+        call = self._call
+        return None if call is None or not call.done or call.failed else call.result
 
     def fail(self, error: Exception) -> None:
         """Note that the call couldn't be made."""
