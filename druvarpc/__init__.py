@@ -2,7 +2,7 @@
 
 from druvarpc.authorization import Predicate, authorize
 from druvarpc.client import Client, Metadata, connect
-from druvarpc.club import Club, Part, Reply
+from druvarpc.club import Club
 from druvarpc.compression import Compression
 from druvarpc.current import CurrentCall, current_call
 from druvarpc.errors import (
@@ -18,6 +18,7 @@ from druvarpc.handlers import ServerInterceptor
 from druvarpc.identity import Authenticate, Caller, Identity
 from druvarpc.interceptors import InterceptedCall, Proceed, Wrapper
 from druvarpc.outgoing import ClientInterceptor, OutgoingCall
+from druvarpc.parts import Part, Reply
 from druvarpc.peers import Certificate, Peer, UnixCredentials
 from druvarpc.protocol import Clubbing, Limits, Priority
 from druvarpc.replies import ReplyMetadata, reply_metadata

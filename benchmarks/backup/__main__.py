@@ -128,8 +128,8 @@ def sentence(kept: dict[str, Any]) -> str:
     return (
         f"{around['date']}, {around['processor']}, {around['cores']} cores, {around['kernel']}, "
         f"{around['python']}; {', '.join(around['versions'])}{at}; {around['rounds']} rounds; "
-        f"load average at the start {around['load_average']:g}; links by {around['link']}; all files on "
-        f"{around.get('files', 'a disk')}. "
+        f"load average at the start {around['load_average']:g}; links by {around['link']}; "
+        f"all files on {around.get('files', 'a disk')}. "
         f"The tree: {tree['files']:,} files, {tree['size'] / 1e6:.0f} MB, of {tree['source']}."
     )
 
