@@ -1,8 +1,9 @@
 """Any tree, backed up and restored: as it was, and as it became, with and without a cache."""
 
+import errno
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import druvarpc
 from druvarpc.testing import connected
 from examples.backup import cache as caches
+from examples.backup import chunks, reader
 from examples.backup.chunks import MAX_SIZE
 from examples.backup.client import Backup, Options, back_up
 from examples.backup.crypt import Keys
@@ -172,6 +174,31 @@ async def test_a_file_that_was_just_written_is_read_again(place):
         assert 0 < again.unchanged < 1501
         assert status == latest.stat()
         assert again.new_chunks == 0
+
+
+@pytest.mark.parametrize("good", [1, 40])
+async def test_a_file_that_could_not_be_read_to_its_end_is_read_again(place, monkeypatch, good):
+    # With many small chunks, its first parts are in pages of their own by then.
+    large = place.source / "large"
+    with large.open("wb") as file:
+        for number in range(8 * PART_CHUNKS):
+            file.seek(number * 8192)
+            file.write(number.to_bytes(4, "big"))
+    blocks = large.stat().st_blocks
+    cut, bad = chunks.split, iter([False] * (good * 200) + [True])
+
+    def failing(fd: int, size: int) -> Iterator[bytes | memoryview]:
+        if os.fstat(fd).st_blocks == blocks and next(bad, False):
+            raise OSError(errno.EIO, "Input/output error")
+        yield from cut(fd, size)
+
+    async with served(place.path / "store") as client:
+        with monkeypatch.context() as patching:
+            patching.setattr(reader, "split", failing)
+            assert (await place.back_up(client)).skipped == 1
+        assert (await place.back_up(client)).unchanged == 1500
+        assert await place.restored(client) == described(place.source)
+        assert (await place.back_up(client)).unchanged == 1501
 
 
 @pytest.mark.parametrize("damage", ["none", "a bit", "half", "empty", "another"])
