@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from . import tree
-from .cache import Known, LastSnapshot, NextCache, Stat
+from .cache import Known, LastSnapshot, NextCache, Stat, facts
 from .chunks import Codec, split
 from .crypt import Box
 from .pages import MAX_ENTRIES, MAX_WEIGHT, Page, encode, is_last, weight
@@ -101,6 +101,7 @@ class Reader:
         self._last = last
         self._cache = cache
         self._excluded = excluded
+        self._links = tree.Links()
         self._batch = Batch()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         # The page that is being filled.
@@ -118,7 +119,7 @@ class Reader:
             OSError: The root is no directory, or cannot be read.
             CacheDamaged: The last snapshot's.
         """
-        for found in tree.scan(self._root, self._excluded):
+        for found in tree.scan(self._root, self._excluded, self._links):
             if isinstance(found, Skipped):
                 self._batch.skipped.append(found)
             elif known := self._last.find(found):
@@ -168,15 +169,18 @@ class Reader:
                         parts = self._part(told, parts)
                 after = os.fstat(fd)
         except OSError as error:
+            self._links.withdraw(found.status)
             self._skip(path, error.strerror or str(error))
             return
         changed = (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns)
         if changed:
             self._skip(path, "changed while it was read")
-        # What is not all of it is read again the next time, whatever its times say then. One part
-        # that is not sure is enough: see `LastSnapshot.find`.
-        if changed or parts[-1].size != status.st_size:
+        # What is not all of it, or was replaced before it was opened, is read again the next time,
+        # whatever its times say then. One part that is not sure is enough: see `LastSnapshot.find`.
+        whole = not changed and parts[-1].size == status.st_size
+        if not whole or facts(status) != facts(found.status):
             told = told._replace(facts=())
+            self._links.withdraw(found.status)
         self._entries.extend(parts)
         self._stats.append(told._replace(parts=len(parts)))
         self._weight += sum(map(weight, parts))

@@ -3,12 +3,12 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
-from examples.backup import pages
+from examples.backup import pages, tree
 from examples.backup.cache import LastSnapshot, NextCache
 from examples.backup.chunks import Codec
 from examples.backup.reader import BATCH_PAGES, BATCH_SIZE, Batch, Reader
@@ -115,6 +115,61 @@ def as_nobody() -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
+
+
+def before_it_is_opened(
+    patching: pytest.MonkeyPatch, path: bytes, act: Callable[[], object]
+) -> None:
+    opened = tree.opened
+
+    def acting(root: bytes, found: bytes) -> AbstractContextManager[object]:
+        if found == path:
+            act()
+        return opened(root, found)
+
+    patching.setattr(tree, "opened", acting)
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    root = tmp_path / "linked"
+    root.mkdir()
+    (root / "a").write_bytes(b"content")
+    for name in "cd":
+        os.link(root / "a", root / name)
+    (root / "b").write_bytes(b"another")
+    return root
+
+
+def links(batches: list[Batch]) -> dict[bytes, tuple[int, bytes]]:
+    return {entry.path: (entry.size, entry.link) for entry in entries(batches)[1:]}
+
+
+def test_a_file_that_grew_is_no_link_of_what_it_was(linked, monkeypatch):
+    def grow() -> None:
+        with (linked / "a").open("ab") as file:
+            file.write(b"more")
+
+    before_it_is_opened(monkeypatch, b"b", grow)
+    batches = read(linked, lambda _: None)
+    assert links(batches) == {b"a": (7, b""), b"b": (7, b""), b"c": (11, b""), b"d": (11, b"c")}
+
+
+def test_of_a_file_whose_first_name_vanished_the_next_one_has_the_content(linked, monkeypatch):
+    before_it_is_opened(monkeypatch, b"a", (linked / "a").unlink)
+    batches = read(linked, lambda _: None)
+    assert skipped(batches) == [Skipped(b"a", "No such file or directory")]
+    assert links(batches) == {b"b": (7, b""), b"c": (7, b""), b"d": (7, b"c")}
+
+
+def test_names_are_no_links_of_what_took_the_first_ones_place(linked, monkeypatch):
+    def replace() -> None:
+        (linked.parent / "new").write_bytes(b"new")
+        (linked.parent / "new").rename(linked / "a")
+
+    before_it_is_opened(monkeypatch, b"a", replace)
+    batches = read(linked, lambda _: None)
+    assert links(batches) == {b"a": (3, b""), b"b": (7, b""), b"c": (7, b""), b"d": (7, b"c")}
 
 
 def test_what_may_not_be_read_is_reported_and_the_rest_goes_on(tmp_path):
