@@ -61,17 +61,30 @@ class Spread:
         self._output: Output | None = None
         self._last: Entry | None = None
         self._written = 0
+        self._failed = False
 
     def end(self, last: Entry) -> None:
         """Takes the file's last part, before the last slice is written."""
         self._last = last
 
-    def output(self, target: Target) -> Output:
-        """Returns the file, made by whoever comes first."""
+    def output(self, target: Target) -> Output | None:
+        """Returns the file, made by whoever comes first; None if it failed: it is told once.
+
+        Raises:
+            RestoreError: It cannot be made.
+        """
         with self._lock:
+            if self._failed:
+                return None
             if self._output is None:
+                self._failed = True
                 self._output = target.open(self.entry)
+                self._failed = False
             return self._output
+
+    def fail(self) -> None:
+        """Lets the slices that are left be skipped."""
+        self._failed = True
 
     def written(self, size: int) -> Entry | None:
         """Counts what was written; finishes the file and returns its entry if that was all."""

@@ -314,11 +314,6 @@ LIES = {
     ),
     "NUL": ([ROOT, file(b"a\0b", TRUE)], [TRUE], UnsafePath),
     "a file instead of the root": ([file(b"", TRUE)], [TRUE], BackupError),
-    "through a link": (
-        [ROOT, Entry(b"a", Kind.SYMLINK, 0o777, 0, target=b".."), file(b"a/planted", TRUE)],
-        [TRUE],
-        BackupError,
-    ),
     "a path twice": ([ROOT, file(b"a", TRUE), file(b"a", TRUE)], [TRUE], InvalidEntry),
     "a link, then a file there": (
         [ROOT, Entry(b"a", Kind.SYMLINK, 0o777, 0, target=b"../planted"), file(b"a", TRUE)],
@@ -358,6 +353,17 @@ async def test_a_lying_server_is_refused_and_writes_nothing_outside(tmp_path, li
             await restore(client, "name", os.fsencode(tmp_path / "restored"))
     assert set(os.listdir(tmp_path)) <= {"restored"}
     assert "planted" not in os.listdir("/tmp")
+
+
+async def test_a_file_below_a_link_is_not_written_through_it(tmp_path):
+    link = Entry(b"a", Kind.SYMLINK, 0o777, 0, target=b"..")
+    skipped: list[Skipped] = []
+    async with connected([Liar([ROOT, link, file(b"a/planted", TRUE)], [TRUE])]) as client:
+        place = os.fsencode(tmp_path / "restored")
+        did = await restore(client, "name", place, watch=only(skipped))
+    assert (did.files, did.reported) == (0, 1)
+    assert [found.path for found in skipped] == [b"a/planted"]
+    assert os.listdir(tmp_path) == ["restored"]
 
 
 @pytest.mark.parametrize("lie", ["upwards", "wrong content", "an oversized file"])
@@ -406,6 +412,24 @@ async def test_equal_files_are_left_alone_and_others_replaced(tmp_path, source):
     assert described(place) == described(source)
     changed = [path for path, inode in inodes.items() if path.lstat().st_ino != inode]
     assert {path.name for path in changed} <= {"small-7", "same", "link", "dangling"}
+
+
+async def test_what_has_no_place_is_named_and_the_rest_is_restored(tmp_path, source):
+    place = tmp_path / "restored"
+    for name in ("small-3", "d/large", "link"):
+        (place / name / "mine").mkdir(parents=True)
+    (place / "d/e").write_text("a file where a directory should be")
+    skipped: list[Skipped] = []
+    async with served(tmp_path / "store") as client:
+        await back_up(client, os.fsencode(source), "name")
+        did = await restore(client, "name", os.fsencode(place), watch=only(skipped))
+    below = [b"d/e", b"d/e/empty", b"d/e/same", b"d/e/text"]
+    assert sorted(found.path for found in skipped) == sorted(
+        [*below, b"d/large", b"link", b"small-3"]
+    )
+    assert (did.files, did.reported) == (200, 7)
+    assert os.readlink(place / "dangling") == "/nowhere"
+    assert (place / "d").stat().st_mode & 0o777 == 0o750
 
 
 async def test_some_paths_of_a_snapshot(tmp_path, source):

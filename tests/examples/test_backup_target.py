@@ -1,5 +1,6 @@
 """Restoring into a directory, whatever the snapshot says."""
 
+import errno
 import os
 import pwd
 import stat
@@ -45,8 +46,13 @@ def place(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def target(place: Path):
-    with Target(os.fsencode(place)) as target:
+def reports() -> list[Skipped]:
+    return []
+
+
+@pytest.fixture
+def target(place: Path, reports: list[Skipped]):
+    with Target(os.fsencode(place), report=reports.append) as target:
         yield target
 
 
@@ -140,7 +146,9 @@ def test_a_planted_link_is_not_followed(tmp_path, place, target):
     assert outside.stat().st_mode & 0o777 == 0o711
 
 
-def test_a_link_planted_after_the_directory_was_made_is_not_followed(tmp_path, place, target):
+def test_a_link_planted_after_the_directory_was_made_is_not_followed(
+    tmp_path, place, target, reports
+):
     outside = tmp_path / "outside"
     outside.mkdir(mode=0o711)
     target.add(directory(b"d", 0o777))
@@ -148,18 +156,18 @@ def test_a_link_planted_after_the_directory_was_made_is_not_followed(tmp_path, p
     (place / "d").symlink_to(outside)
     with pytest.raises(RestoreError):
         target.open(file(b"d/x"))
-    with pytest.raises(RestoreError):
-        target.finish()
+    target.finish()
+    assert [report.path for report in reports] == [b"d"]
     assert list(outside.iterdir()) == []
     assert outside.stat().st_mode & 0o777 == 0o711
 
 
-def test_links_of_the_snapshot_do_not_redirect_its_files(tmp_path, place, target):
+def test_links_of_the_snapshot_do_not_redirect_its_files(tmp_path, place, target, reports):
     target.add(directory(b"d"))
     target.add(link(b"d", os.fsencode(tmp_path)))
     write(target, b"d/file", b"inside")
-    with pytest.raises(RestoreError, match=r"d: "):
-        target.finish()
+    target.finish()
+    assert [report.path for report in reports] == [b"d"]
     assert (place / "d/file").read_bytes() == b"inside"
     assert not (tmp_path / "file").exists()
 
@@ -232,17 +240,25 @@ def test_what_cannot_be_opened_is_named(target, entry):
         link(b"link", b""),
         link(b"link", b"a\0b"),
         link(b"missing/link", b"x"),
-        directory(b"")._replace(mtime_ns=1 << 100),
+        directory(b"d")._replace(mtime_ns=1 << 100),
     ],
 )
-def test_what_cannot_be_finished_is_named(target, entry):
-    def restore() -> None:
+def test_what_cannot_be_finished_is_named_and_the_rest_goes_on(place, target, reports, entry):
+    target.add(directory(b"", 0o750))
+    with target.going_on():
         target.add(entry)
-        target.finish()
+    target.add(link(b"z", b"x"))
+    target.finish()
+    assert [report.path for report in reports] == [entry.path]
+    assert os.readlink(place / "z") == "x"
+    assert place.stat().st_mode & 0o777 == 0o750
 
-    with pytest.raises(RestoreError) as caught:
-        restore()
-    assert caught.value.path == entry.path
+
+def test_what_would_hit_all_others_as_well_ends_it(target, reports):
+    for cause in (OSError(errno.ENOSPC, "No space left on device"), None):
+        with pytest.raises(RestoreError, match=r"f: "), target.going_on():
+            raise RestoreError(b"f", "it failed") from cause
+    assert reports == []
 
 
 def test_files_and_the_root_as_links_are_refused(target):
@@ -275,11 +291,6 @@ def test_the_destination_may_exist_and_its_parent_must(tmp_path):
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root may")
 
 
-@pytest.fixture
-def reports() -> list[Skipped]:
-    return []
-
-
 def test_hard_links_are_made_last_and_only_of_files_inside(place, target):
     write(target, b"a", b"content")
     target.add(directory(b"d"))
@@ -292,7 +303,7 @@ def test_hard_links_are_made_last_and_only_of_files_inside(place, target):
 
 @pytest.mark.parametrize("planted", ["a link", "another file", "nothing"])
 def test_what_somebody_put_in_the_place_of_a_links_file_is_refused(
-    tmp_path, place, target, planted
+    tmp_path, place, target, reports, planted
 ):
     (tmp_path / "secret").write_text("a secret")
     write(target, b"a", b"content")
@@ -302,8 +313,10 @@ def test_what_somebody_put_in_the_place_of_a_links_file_is_refused(
         (place / "a").symlink_to(tmp_path / "secret")
     elif planted == "another file":
         os.link(tmp_path / "secret", place / "a")
-    with pytest.raises(RestoreError, match=r"^b: "):
-        target.finish()
+    target.add(link(b"c", b"x"))
+    target.finish()
+    assert [report.path for report in reports] == [b"b"]
+    assert os.readlink(place / "c") == "x"
 
 
 def test_holes_take_no_space_and_may_end_a_file(place, target):
