@@ -228,7 +228,7 @@ class _Run:
             options.excluded,
         )
         self._watch(reader.progress)
-        async with trio.open_nursery() as nursery:
+        async with batches, trio.open_nursery() as nursery:
             nursery.start_soon(self._read, reader, batches, offers)
             nursery.start_soon(self._ask, to_ask, missing)
             workers = os.cpu_count() or 1
@@ -244,8 +244,10 @@ class _Run:
         batches: trio.MemorySendChannel[_Sending],
         offers: trio.MemorySendChannel[_Sending],
     ) -> None:
-        async with batches, offers:
+        # The end of the batches makes the snapshot: it must not come if the reader failed.
+        async with offers:
             await trio.to_thread.run_sync(reader.run)
+            await batches.aclose()
 
     async def _deliver(
         self,

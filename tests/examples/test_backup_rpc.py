@@ -1,11 +1,12 @@
 """Backups and restores across a wire, in one process; also with peers that lie."""
 
+import errno
 import os
 import random
 import socket
 import sys
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -150,6 +151,21 @@ async def test_a_root_that_is_no_directory_leaves_no_snapshot(tmp_path):
     async with served(tmp_path / "store") as client:
         with pytest.RaisesGroup(NotADirectoryError, flatten_subgroups=True):
             await back_up(client, os.fsencode(tmp_path / "file"), "name")
+        assert await client.stub(BackupStore).snapshots() == []
+
+
+async def test_a_reading_that_fails_in_the_middle_leaves_no_snapshot(tmp_path, monkeypatch):
+    scan = tree.scan
+
+    def failing(*arguments: object) -> Iterator[Found | Skipped]:
+        yield next(scan(*arguments))  # type: ignore[arg-type]
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(tree, "scan", failing)
+    async with served(tmp_path / "store") as client:
+        for _ in range(20):  # whether it was the reader or the stream that ended first was chance
+            with pytest.RaisesGroup(OSError, flatten_subgroups=True):
+                await back_up(client, os.fsencode(tmp_path), "name")
         assert await client.stub(BackupStore).snapshots() == []
 
 
