@@ -295,6 +295,7 @@ def test_encrypted(tmp_path, source):
         succeed("restore", "mine", tmp_path / "restored", *here, *key)
         plain = run("backup", source, *here, "--name", "other")
         assert (plain.status, len(plain.errors)) == (1, 1)
+        assert "--passphrase-file" in plain.stderr
         (pack,) = (tmp_path / "store/packs").iterdir()
         content = pack.read_bytes()
         middle = len(content) // 2

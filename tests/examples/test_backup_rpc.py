@@ -22,7 +22,15 @@ from examples.backup import pages, tree
 from examples.backup import restore as restores
 from examples.backup.chunks import LIMIT, RAW, Chunk, Codec, chunk_id
 from examples.backup.client import back_up
-from examples.backup.errors import BackupError, ChunkError, InvalidEntry, PageError, UnsafePath
+from examples.backup.crypt import new_key
+from examples.backup.errors import (
+    BackupError,
+    ChunkError,
+    InvalidEntry,
+    KeyRefused,
+    PageError,
+    UnsafePath,
+)
 from examples.backup.loads import FETCH_SIZE, LOAD_ENTRIES, Planner
 from examples.backup.pages import Page
 from examples.backup.restore import restore
@@ -104,8 +112,8 @@ async def test_only_what_is_new_is_sent(tmp_path, source):
         again = await back_up(client, os.fsencode(source), "name")
         after = client.statistics()
         assert again.new_chunks == 0
-        # A question for each batch of 8 MiB, and the stream of pages.
-        assert after.calls_started - before.calls_started == 4
+        # A question for each batch of 8 MiB, whether there is a key, and the stream of pages.
+        assert after.calls_started - before.calls_started == 5
         assert after.bytes_sent - before.bytes_sent < 100_000
         with (source / "d/large").open("r+b") as large:
             large.seek(10_000_000)
@@ -191,6 +199,20 @@ async def test_clients_share_what_they_have_in_common(tmp_path, source):
                 assert described(tmp_path / name) == described(source)
     packed = sum(path.stat().st_size for path in (tmp_path / "store/packs").iterdir())
     assert packed < 20_500_000
+
+
+async def test_without_the_passphrase_nothing_is_sent_to_who_has_encrypted(tmp_path, source):
+    async with served(tmp_path / "store") as client:
+        await client.stub(BackupStore).set_key(new_key(b"correct horse")[1])
+        before = client.statistics()
+        with pytest.RaisesGroup(
+            pytest.RaisesExc(KeyRefused, match="give --passphrase-file"), flatten_subgroups=True
+        ):
+            await back_up(client, os.fsencode(source), "name")
+        after = client.statistics()
+        assert after.bytes_sent - before.bytes_sent < 300
+        usage = await client.stub(BackupStore).usage()
+    assert (usage.chunks, usage.snapshots) == (0, 0)
 
 
 # What the server refuses.
@@ -306,6 +328,9 @@ class Liar(BackupStore):
         yield None
         async for _ in pieces:
             pass
+
+    async def key(self) -> bytes:
+        return b""
 
     async def hold(self) -> AsyncGenerator[None, None]:
         yield None
