@@ -181,7 +181,7 @@ class Plan:
                 same = os.fstat(fd).st_mtime_ns == entry.mtime_ns
             if same:
                 with self._target.going_on():
-                    self._target.refresh(fd, entry)
+                    return self._target.refresh(fd, entry)
             return same
 
     def _is_equal(self, fd: int, entry: Entry) -> bool:

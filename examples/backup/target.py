@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Self
 
 from .errors import RestoreError, UnsafePath
-from .output import Output, Rules, set_attributes
+from .output import Output, Rules, has_attributes, set_attributes, set_xattrs
 from .spool import Spool
 from .tree import DEVICES, Entry, Kind, Skipped
 
@@ -183,17 +183,21 @@ class Target:
             if fd is not None:
                 os.close(fd)
 
-    def refresh(self, fd: int, entry: Entry) -> None:
-        """Sets the attributes of a file whose content is as it should be.
+    def refresh(self, fd: int, entry: Entry) -> bool:
+        """Sets the attributes of a file whose content is as it should be, if it may.
+
+        Returns whether it may: not if they are others, and the file has other names, which may lie
+        outside. Then it has to be written anew.
 
         Raises:
             RestoreError: One cannot be set.
         """
         with naming(entry.path):
-            found = os.fstat(fd)
-            # Its other names are nobody's business: they may lie outside.
-            if found.st_nlink == 1:
-                set_attributes(fd, entry, self._rules, self._report)
+            if os.fstat(fd).st_nlink > 1:
+                same = has_attributes(fd, entry, self._rules)
+                return same and os.fstat(fd).st_mtime_ns == entry.mtime_ns
+            set_attributes(fd, entry, self._rules, self._report)
+            return True
 
     def finish(self) -> None:
         """Makes the links, then sets the attributes of directories.
@@ -296,8 +300,12 @@ class Target:
         self._replacing(name, parent, lambda: os.symlink(entry.target, name, dir_fd=parent))
         times = (entry.mtime_ns, entry.mtime_ns)
         if self._rules.owner:
-            with suppress(PermissionError):
+            try:
                 os.chown(name, *self._rules.owner_of(entry), dir_fd=parent, follow_symlinks=False)
+            except PermissionError as error:
+                self._report(Skipped(entry.path, f"its owner: {error.strerror}"))
+        path = b"/proc/self/fd/%d/%s" % (parent, name)
+        set_xattrs(path, entry, self._rules, self._report, follow=False)
         os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
 
     def _replacing(self, name: bytes, parent: int, make: Callable[[], None]) -> None:

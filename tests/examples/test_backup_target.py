@@ -382,6 +382,86 @@ def test_owners_are_restored_by_name_or_else_by_number(tmp_path):
             assert set(found.values()) == {(os.geteuid(), os.getegid())}
 
 
+@root_only
+def test_the_owner_is_set_whatever_the_place_gives_a_new_file(place, target):
+    os.chown(place, 0, 12345)
+    place.chmod(0o2755)
+    target.add(directory(b"d"))
+    for path in (b"d/f", b"g"):
+        write(target, path, b"")
+    target.add(link(b"l", b"x"))
+    target.finish()
+    mine = (os.geteuid(), os.getegid())
+    for path in ("d", "d/f", "g", "l"):
+        status = (place / path).lstat()
+        assert (status.st_uid, status.st_gid) == mine, path
+
+
+@root_only
+def test_the_owner_of_what_is_there_is_set_to_the_restoring_users(place, target):
+    for name in ("d", "e"):
+        (place / name).mkdir()
+        os.chown(place / name, 12345, 12345)
+    target.add(directory(b"d"))
+    target.finish()
+    assert (place / "d").stat().st_uid == os.geteuid()
+    assert (place / "e").stat().st_uid == 12345
+
+
+def test_attributes_that_are_there_and_should_not_be_are_removed(place, target):
+    (place / "f").write_text("12345")
+    for name in ("user.old", "user.kept"):
+        os.setxattr(place / "f", name, b"1")
+    entry = file(b"f", 5)._replace(xattrs=((b"user.kept", b"2"), (b"user.new", b"3")))
+    with target.existing(entry) as fd:
+        assert fd is not None
+        assert target.refresh(fd, entry)
+    found = {name: os.getxattr(place / "f", name) for name in os.listxattr(place / "f")}
+    assert found == {"user.kept": b"2", "user.new": b"3"}
+
+
+@pytest.mark.parametrize("other", ["nothing", "its mode", "its time", "an attribute", "an extra"])
+def test_a_file_with_other_names_is_left_alone_or_else_written_anew(place, target, other):
+    xattrs = ((b"user.a", b"1"),)
+    entry = file(b"f", 5)._replace(xattrs=() if other == "an extra" else xattrs)
+    (place / "f").write_text("12345")
+    os.setxattr(place / "f", "user.a", b"2" if other == "an attribute" else b"1")
+    (place / "f").chmod(0o600 if other == "its mode" else 0o644)
+    os.utime(place / "f", ns=(1, 1 if other == "its time" else TIME))
+    os.link(place / "f", place / "mine")
+    before = (place / "mine").stat()
+    with target.existing(entry) as fd:
+        assert fd is not None
+        assert target.refresh(fd, entry) == (other == "nothing")
+    assert (place / "mine").stat() == before
+
+
+@root_only
+def test_links_have_attributes_too(place, target, reports):
+    target.add(link(b"l", b"x")._replace(xattrs=((b"trusted.a", b"1"),)))
+    target.finish()
+    if reports:  # a container, for instance
+        pytest.skip(reports[0].reason)
+    assert os.getxattr(place / "l", "trusted.a", follow_symlinks=False) == b"1"
+
+
+def test_an_owner_that_may_not_be_set_is_reported(place, reports, monkeypatch):
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refused)
+    with Target(os.fsencode(place), Rules(owner=True), reports.append) as target:
+        write(target, b"f", b"")
+        theirs = {"uid": 12345, "gid": 12345}
+        target.add(directory(b"d")._replace(**theirs))
+        target.add(link(b"l", b"x")._replace(**theirs))
+        target.finish()
+    assert [(report.path, report.reason) for report in reports] == [
+        (b"l", "its owner: Operation not permitted"),
+        (b"d", "its owner: Operation not permitted"),
+    ]
+
+
 def test_fifos_are_restored_and_devices_if_asked_for(place, reports):
     null = Entry(b"null", Kind.CHARACTER_DEVICE, 0o666, TIME, device=os.makedev(1, 3))
     with Target(os.fsencode(place), report=reports.append) as target:
