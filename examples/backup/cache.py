@@ -31,7 +31,7 @@ from blake3 import blake3
 from .crypt import Box
 from .errors import CacheDamaged, PageError
 from .pages import Page, decode
-from .tree import Entry, Found, order
+from .tree import MAX_TIME, Entry, Found, order
 
 MAGIC = b"drvcach2"
 ID_SIZE = 16
@@ -274,6 +274,8 @@ class NextCache:
         settled = max(status.st_ctime_ns, status.st_mtime_ns) < self._clock() - SETTLED
         # Nothing of a directory is read but this status.
         sure = settled or stat.S_ISDIR(status.st_mode)
+        if abs(status.st_mtime_ns) > MAX_TIME:
+            sure = False  # what the entry has is another time
         return Stat(found.path, 1, False, found.link, facts(status) if sure else ())
 
     def add(self, stats: list[Stat], page: Page) -> None:

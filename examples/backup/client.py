@@ -243,7 +243,7 @@ class _Run:
 
     async def _check_key(self) -> None:
         """Lets what tells of the tree be sent, unless it would not be encrypted and has to be."""
-        # Asked together with the commit, whose first answer is waited for anyway: no round trip more.
+        # Asked together with the commit, whose first answer is waited for anyway.
         if self._options.keys is None and await self._store.key():
             raise KeyRefused("these backups are encrypted: give --passphrase-file")
         self._allowed.set()

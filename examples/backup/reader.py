@@ -20,7 +20,8 @@ from .cache import Known, LastSnapshot, NextCache, Stat, facts
 from .chunks import Codec, split
 from .crypt import Box
 from .pages import MAX_ENTRIES, MAX_WEIGHT, Page, encode, is_last, weight
-from .tree import HOLE, Entry, Found, Kind, Skipped
+from .service import MAX_IDS
+from .tree import HOLE, MAX_TIME, Entry, Found, Kind, Skipped
 
 # Bytes of files in one batch: some hundred chunks, so many ids in one question. As chunks keep the
 # blocks alive that they were cut from, those that are not offered count as well.
@@ -122,7 +123,10 @@ class Reader:
         for found in tree.scan(self._root, self._excluded, self._links):
             if isinstance(found, Skipped):
                 self._batch.skipped.append(found)
-            elif known := self._last.find(found):
+                continue
+            if abs(found.status.st_mtime_ns) > MAX_TIME:
+                self._skip(found.path, "a time that is out of range: the nearest one is stored")
+            if known := self._last.find(found):
                 self._known(found, known)
             elif stat.S_ISREG(found.status.st_mode) and not found.link:
                 self._file(found)
@@ -232,7 +236,7 @@ class Reader:
                 self._seen.popitem(last=False)
             self._batch.contents[id] = content
         self._batch.size += len(content)
-        if self._batch.size >= BATCH_SIZE:
+        if self._batch.size >= BATCH_SIZE or len(self._batch.contents) >= MAX_IDS:
             self._next_batch()
 
     def _skip(self, path: bytes, reason: str) -> None:

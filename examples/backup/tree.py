@@ -33,6 +33,11 @@ HOLE = bytes(32)
 MAX_XATTRS = 128 * 1024
 
 
+# The latest time that an entry can have, and, negative, the earliest: the years 2262 and 1677, in
+# nanoseconds since 1970. Some file systems know others.
+MAX_TIME = (1 << 63) - 1
+
+
 class Kind(IntEnum):
     """What an entry is. The numbers are stored in snapshots."""
 
@@ -367,7 +372,10 @@ def _entry(
     device = status.st_rdev if kind in DEVICES else 0
     # By position: this is made for every file, and keywords would take twice as long.
     owner = (uid, gid, user_name(uid), group_name(gid))
-    what = (path, kind, mode & 0o7777, status.st_mtime_ns, size, target)
+    time = status.st_mtime_ns
+    if not -MAX_TIME <= time <= MAX_TIME:
+        time = MAX_TIME if time > 0 else -MAX_TIME
+    what = (path, kind, mode & 0o7777, time, size, target)
     return Entry._make((*what, 0, (), (), *owner, link, xattrs, device))
 
 
