@@ -15,6 +15,7 @@ from weakref import WeakSet
 from .chunks import LIMIT
 from .errors import InvalidEntry
 from .output import Output
+from .service import MAX_IDS
 from .target import Target
 from .tree import HOLE, Entry
 
@@ -27,6 +28,9 @@ LOAD_ENTRIES = 1000
 # Content that is kept, in bytes, to be written again where it occurs again nearby: in a tree of
 # Python's, of 57 MB that occur again, 54 do so within this distance.
 KEPT = 32 * 1024 * 1024
+
+# What remembering a chunk takes besides its content, in bytes: a server may send very small ones.
+REMEMBERING = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,11 @@ class Load:
     size: int = 0
     contents: dict[bytes, bytes] = field(default_factory=dict)
 
+    def is_full(self, size: int) -> bool:
+        """Whether a chunk of this size is too much: of bytes, or of chunks for one call."""
+        too_large = self.size > 0 and self.size + size > FETCH_SIZE
+        return too_large or len(self.wanted) + len(self.borrowed) >= MAX_IDS
+
     def content(self, id: bytes) -> bytes:
         """Returns the content of a chunk that is needed here."""
         found = self.contents.get(id)
@@ -151,7 +160,7 @@ class Planner:
             if id != HOLE:
                 if size > LIMIT:
                     raise InvalidEntry(entry.path, f"a chunk of more than {LIMIT} bytes")
-                if self._load.size + size > FETCH_SIZE and self._load.size:
+                if self._load.is_full(size):
                     if index > start:
                         self._spread = self._spread or self._new_spread(entry)
                         self._slice(entry, start, index, begin)
@@ -186,7 +195,7 @@ class Planner:
         known = self._kept.get(id)
         if known is None:
             self._kept[id] = size, self._load
-            self._kept_size += size
+            self._kept_size += size + REMEMBERING
             self._load.wanted[id] = size
             self._load.size += size
         elif known[0] != size:
@@ -198,5 +207,5 @@ class Planner:
         load, self._load = self._load, Load()
         while self._kept_size > KEPT:
             _, (size, _) = self._kept.popitem(last=False)
-            self._kept_size -= size
+            self._kept_size -= size + REMEMBERING
         return load

@@ -6,8 +6,10 @@ import random
 import socket
 import sys
 import threading
+import tracemalloc
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from itertools import count, islice
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ from examples.backup.errors import (
     PageError,
     UnsafePath,
 )
-from examples.backup.loads import FETCH_SIZE, LOAD_ENTRIES, Planner
+from examples.backup.loads import FETCH_SIZE, KEPT, LOAD_ENTRIES, Planner
 from examples.backup.pages import Page
 from examples.backup.restore import restore
 from examples.backup.server import StoreService
@@ -382,6 +384,11 @@ LIES = {
         [TRUE],
         PageError,
     ),
+    "a page of very many chunks": (
+        [ROOT, file(b"a", *([TRUE] * 40_000))],
+        [TRUE],
+        PageError,
+    ),
     "nothing of a file's end": ([ROOT, file(b"a", TRUE)._replace(size=9)], [TRUE], InvalidEntry),
 }
 
@@ -540,6 +547,32 @@ def test_loads_fetch_what_the_writer_lacks_and_no_more_at_once_than_allowed(file
             whole = part.start == 0 and part.offset + sum(part.entry.sizes) == part.entry.size
             assert whole or part.spread is not None
     assert ends == {entry.path: entry.size for entry in entries}
+
+
+def test_memory_is_bounded_however_small_a_servers_chunks_are():
+    planner = Planner()
+    names = (number.to_bytes(32, "big") for number in count(1))
+    tracemalloc.start()
+    try:
+        for number in range(20):
+            ids = tuple(islice(names, 10_000))
+            entry = Entry(
+                b"%02d" % number, Kind.FILE, 0, 0, 10_000, chunks=ids, sizes=(1,) * 10_000
+            )
+            for load in planner.add(entry):
+                assert len(load.wanted) <= MAX_IDS
+        assert tracemalloc.get_traced_memory()[0] < 1.5 * KEPT
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_borrowed_counts_for_a_load_as_well():
+    ids = tuple(number.to_bytes(32, "big") for number in range(1, 3 * MAX_IDS))
+    entry = Entry(b"a", Kind.FILE, 0, 0, len(ids), chunks=ids, sizes=(1,) * len(ids))
+    planner = Planner()
+    loads = [*planner.add(entry), *planner.add(entry._replace(path=b"b")), planner.finish()]
+    assert max(len(load.wanted) + len(load.borrowed) for load in loads) == MAX_IDS
+    assert sum(len(load.wanted) for load in loads) == len(ids)
 
 
 def test_a_part_may_not_follow_what_it_does_not_continue():
