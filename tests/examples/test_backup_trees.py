@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
@@ -231,6 +232,17 @@ async def test_a_cache_that_cannot_be_written_is_told_and_done_without(place):
         did = await back_up(client, os.fsencode(place.source), "name", options, told.append)
     assert (did.snapshot.files, did.skipped) == (1501, 0)
     assert str(told[-1]).count("the cache cannot be written") == 1
+
+
+def test_what_killed_processes_left_of_their_caches_is_removed(tmp_path):
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    names = {f"a.cache.{dead.pid}.new", "a.cache", "b.cache.new", f"b.cache.{os.getppid()}.new"}
+    for name in names:
+        (tmp_path / name).touch()
+    with caches.NextCache(tmp_path / "b.cache"):
+        left = set(os.listdir(tmp_path))
+    assert left == names - {f"a.cache.{dead.pid}.new"} | {f"b.cache.{os.getpid()}.new"}
 
 
 async def test_a_base_that_was_forgotten_is_done_without(place):
