@@ -1,5 +1,6 @@
 """What is in a snapshot, and what differs between two: entries side by side."""
 
+import os
 import stat
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -10,6 +11,7 @@ import druvarpc
 
 from .chunks import chunk_id
 from .crypt import Box
+from .errors import display
 from .pages import decode
 from .service import BackupStore
 from .tree import Entry, Kind, order
@@ -126,6 +128,13 @@ _TYPES = {
 def listed(entry: Entry) -> str:
     """Returns an entry as `ls -l` shows it, without its path."""
     mode = stat.filemode(_TYPES[entry.kind] | entry.mode)
-    owner = f"{entry.user or entry.uid} {entry.group or entry.gid}"
-    made = datetime.fromtimestamp(entry.mtime_ns // 1_000_000_000).astimezone()
-    return f"{mode} {owner:<16} {entry.size:>14,} {made:%Y-%m-%d %H:%M:%S}"
+    # Names come from a server, and must not do anything to a terminal.
+    names = (os.fsencode(name) for name in (entry.user, entry.group))
+    user, group = map(display, names)
+    owner = f"{user or entry.uid} {group or entry.gid}"
+    seconds = entry.mtime_ns // 1_000_000_000
+    try:
+        time = f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):
+        time = f"@{seconds}"  # in a year that has not four digits
+    return f"{mode} {owner:<16} {entry.size:>14,} {time:<19}"

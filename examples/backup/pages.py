@@ -140,6 +140,8 @@ def decode(data: bytes, chunks: bytes, box: Box | None = None) -> list[Entry]:
     Raises:
         PageError: It is no page, damaged, or sealed with another key.
     """
+    if len(chunks) > LIMIT:
+        raise PageError("a page of too many chunks")
     tag, payload = data[:1], data[1:]
     if tag == _SEALED:
         if box is None:
