@@ -27,7 +27,7 @@ from .snapshots import Snapshot
 # Ids in one question. SQLite takes 999 parameters in its older builds; more was no faster here.
 BATCH = 500
 
-_STORED = "id, pack, offset, length, size, condemned"
+_STORED = "id, pack, offset, length, size, condemned, lost"
 _SNAPSHOT = "id, name, created_ns, entries, files, size, chunks"
 _USE = (
     "UPDATE packs SET used = used + ?, chunks = chunks + ?, content = content + ? WHERE number = ?"
@@ -73,9 +73,14 @@ class Catalogue:
             ends[where.pack] = max(ends.get(where.pack, 0), where.offset + where.length)
         with self._database.writing(durable=False) as db:
             for batch in _batches(list(rows)):
-                known = f"SELECT id FROM chunks WHERE id IN ({_marks(batch)})"
-                for (id,) in db.execute(known, batch).fetchall():
-                    del rows[id]
+                known = f"SELECT {_STORED} FROM chunks WHERE id IN ({_marks(batch)})"
+                for stored in map(_stored, db.execute(known, batch).fetchall()):
+                    if stored.lost:
+                        db.execute("DELETE FROM chunks WHERE id = ?", (stored.id,))
+                        where = stored.where
+                        db.execute(_USE, (-where.length, -1, -stored.size, where.pack))
+                    else:
+                        del rows[stored.id]
             db.executemany(
                 "INSERT INTO chunks (id, pack, offset, length, size) VALUES (?, ?, ?, ?, ?)",
                 rows.values(),
@@ -112,6 +117,18 @@ class Catalogue:
             count: int
             (count,) = db.execute("SELECT count(*) FROM chunks WHERE condemned > 0").fetchone()
         return count
+
+    def lost(self) -> set[bytes]:
+        with self._database.reading() as db:
+            return {id for (id,) in db.execute("SELECT id FROM chunks WHERE lost")}
+
+    def set_lost(self, stored: Stored, lost: bool) -> None:
+        where = stored.where
+        with self._database.writing() as db:
+            db.execute(
+                "UPDATE chunks SET lost = ? WHERE id = ? AND pack = ? AND offset = ?",
+                (lost, stored.id, where.pack, where.offset),
+            )
 
     def begin_pack(self, number: int) -> None:
         with self._database.writing() as db:
@@ -335,9 +352,9 @@ def _values(snapshot: Snapshot) -> tuple[str, str, int, int, int, int, int]:
     )
 
 
-def _stored(row: tuple[bytes, int, int, int, int, int]) -> Stored:
-    id, pack, offset, length, size, condemned = row
-    return Stored(id, Location(pack, offset, length), size, condemned)
+def _stored(row: tuple[bytes, int, int, int, int, int, int]) -> Stored:
+    id, pack, offset, length, size, condemned, lost = row
+    return Stored(id, Location(pack, offset, length), size, condemned, bool(lost))
 
 
 def _batches(values: Sequence[object]) -> Iterator[Sequence[object]]:

@@ -1,6 +1,6 @@
 """The tables of a catalogue in SQLite, and the version of the format that they are."""
 
-VERSION = 2
+VERSION = 3
 SCHEMA = (
     """
     CREATE TABLE chunks (
@@ -9,12 +9,14 @@ SCHEMA = (
         offset INTEGER NOT NULL,
         length INTEGER NOT NULL,
         size INTEGER NOT NULL,
-        condemned INTEGER NOT NULL DEFAULT 0
+        condemned INTEGER NOT NULL DEFAULT 0,
+        lost INTEGER NOT NULL DEFAULT 0
     ) WITHOUT ROWID
     """,
     # Chunks are added in this order: it grows at its end, and costs little.
     "CREATE INDEX chunks_by_place ON chunks (pack, offset)",
     "CREATE INDEX chunks_condemned ON chunks (pack, condemned) WHERE condemned > 0",
+    "CREATE INDEX chunks_lost ON chunks (id) WHERE lost",
     """
     CREATE TABLE packs (
         number INTEGER PRIMARY KEY,

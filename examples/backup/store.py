@@ -122,13 +122,14 @@ class Store:
     def missing(self, ids: Sequence[bytes]) -> list[int]:
         """Returns the positions, in ascending order, of those ids that the store does not have.
 
+        What `verify` found to be damaged is missing as well, until it is put again.
         Those that are there stay there for the drafts that were begun before.
         """
         found = self._catalogue.find(ids)
         return [
             position
             for position, id in enumerate(ids)
-            if (stored := found.get(id)) is None or stored.condemned
+            if (stored := found.get(id)) is None or stored.condemned or stored.lost
         ]
 
     def put_many(self, chunks: Sequence[Chunk]) -> int:

@@ -127,4 +127,8 @@ def test_the_snapshots_and_paths_that_are_hit_are_named(tmp_path: Path) -> None:
         assert hits == [(second, "below/new")]
         assert (last["damaged"], last["ok"]) == (len(lines), False)
         assert here("restore", second, tmp_path / "damaged", *there).status == 1
+        again = succeed("backup", tree, *there, "--name", "second")
+        assert again["new_chunks"] >= 1
+        succeed("restore", second, tmp_path / "mended", *there)
+        assert (tmp_path / "mended" / "below" / "new").read_bytes() == content
         succeed("restore", first, tmp_path / "whole", *there)
