@@ -317,16 +317,17 @@ class Catalogue:
         return row[0] if row else None
 
     def _create(self) -> None:
-        with self._database.writing() as db:
+        with self._database.reading() as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
+        if version not in (0, VERSION):
+            raise CatalogueError(
+                f"the store has format version {version}; this program reads {VERSION}"
+            )
+        if version == 0:
+            with self._database.writing() as db:
                 for statement in SCHEMA:
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {VERSION}")
-            elif version != VERSION:
-                raise CatalogueError(
-                    f"the store has format version {version}; this program reads {VERSION}"
-                )
 
 
 def page_digest(page: Page) -> bytes:
