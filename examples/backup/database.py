@@ -8,6 +8,8 @@ SQLite checks the frames of its log, and nothing of its file: a flipped bit ther
 years. So a file beside it has a checksum of each of its pages. Pages change at checkpoints alone,
 and those are made here, in an order that a crash may interrupt anywhere:
 
+0. The pages of the file that the log has anew are checked: what was written over a damaged page was
+   made from it, and its checksum must not hide that.
 1. SQLite copies the log's pages into the file, and syncs it. The log is still whole.
 2. The checksums of the pages that the log has are taken from the file, and saved.
 3. SQLite cuts the log.
@@ -140,6 +142,8 @@ class _Checkpoints:
         self._fd = files.open(path)
         self._sums, self._damaged_sums = self._load()
         self._kept = b""
+        # Whether the file's pages are as the checksums say, and no checkpoint was interrupted.
+        self._settled = not self._logged()
         # What is wrong with the log, if anything is.
         self.damage = ""
 
@@ -157,6 +161,8 @@ class _Checkpoints:
         self.damage = self.damage or log_damage(self._path, self._files)
         if self.damage:
             return
+        spoiled = self._spoiled(logged) if self._settled else set[int]()
+        self._settled = False
         try:
             if self._db.execute("PRAGMA wal_checkpoint(FULL)").fetchone()[0]:
                 return  # Somebody else looks at it. The log stays whole.
@@ -164,19 +170,19 @@ class _Checkpoints:
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
                 return  # The log stays whole, and all can be read: so that a gc can make space.
             raise
-        if self._take(logged):
+        if self._take(logged, spoiled):
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._settled = True
 
     def check(self) -> list[str]:
         self.make()
         found = [*self._damaged_sums, *filter(None, [self.damage])]
         logged = self._logged()
         for number in range(1, self._count() + 1):
-            at = (number - 1) * SUM_SIZE
-            if number not in logged and self._sums is not None:
-                known = bytes(self._sums[at : at + SUM_SIZE])
-                if known != self._sum(number):
-                    found.append(f"{self._path.name}: page {number} is damaged")
+            if number in logged or self._sums is None:
+                continue
+            if self._known(number) != self._sum(number):
+                found.append(f"{self._path.name}: page {number} is damaged")
         if self._sums is not None and len(self._sums) > self._count() * SUM_SIZE:
             found.append(f"{self._path.name}: its end is missing")
         return found
@@ -196,15 +202,35 @@ class _Checkpoints:
         if self._kept:
             self._files.replace(self._log, self._kept)
 
-    def _take(self, changed: set[int]) -> bool:
-        """Saves checksums, of these pages or, if none were known, of all; tells if it did."""
+    def _spoiled(self, logged: set[int]) -> set[int]:
+        """Returns those of these pages that are damaged in the file, and were so when written anew.
+
+        What is in the log was made from what was in the file.
+        """
+        if self._sums is None:
+            return set()
+        known = len(self._sums) // SUM_SIZE
+        return {
+            number
+            for number in logged
+            if number <= known and self._known(number) != self._sum(number)
+        }
+
+    def _take(self, changed: set[int], spoiled: set[int]) -> bool:
+        """Saves checksums, of these pages or, if none were known, of all; tells if it did.
+
+        Those of spoiled pages are made wrong, so that their damage stays known.
+        """
         count = self._count()
         if self._sums is None:
             self._sums, changed = bytearray(), set(range(1, count + 1))
         self._sums.extend(bytes(max(0, count * SUM_SIZE - len(self._sums))))
         for number in changed:
             if number <= count:
-                self._sums[(number - 1) * SUM_SIZE : number * SUM_SIZE] = self._sum(number)
+                fresh = self._sum(number)
+                if number in spoiled:
+                    fresh = bytes(byte ^ 255 for byte in fresh)
+                self._sums[(number - 1) * SUM_SIZE : number * SUM_SIZE] = fresh
         content = SUMS_MAGIC + self._sums
         try:
             self._files.replace(self._sums_path, content + blake3(content).digest(16))
@@ -250,6 +276,10 @@ class _Checkpoints:
 
     def _count(self) -> int:
         return os.fstat(self._fd).st_size // self._page_size
+
+    def _known(self, number: int) -> bytes:
+        assert self._sums is not None
+        return bytes(self._sums[(number - 1) * SUM_SIZE : number * SUM_SIZE])
 
     def _sum(self, number: int) -> bytes:
         page = self._files.read(self._fd, self._page_size, (number - 1) * self._page_size)

@@ -23,7 +23,8 @@ SCHEMA = (
         ends INTEGER NOT NULL DEFAULT 0,
         used INTEGER NOT NULL DEFAULT 0,
         chunks INTEGER NOT NULL DEFAULT 0,
-        content INTEGER NOT NULL DEFAULT 0
+        content INTEGER NOT NULL DEFAULT 0,
+        digest BLOB NOT NULL
     )
     """,
     # AUTOINCREMENT: a number is never used again, not even one whose page was removed.
@@ -60,5 +61,14 @@ SCHEMA = (
     ) WITHOUT ROWID
     """,
     "CREATE INDEX contents_by_page ON contents (page)",
-    "CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
+    # Each fact is here twice: without the tenant's key, nothing that is encrypted can be read.
+    """
+    CREATE TABLE facts (
+        name TEXT NOT NULL,
+        copy INTEGER NOT NULL,
+        value BLOB NOT NULL,
+        digest BLOB NOT NULL,
+        PRIMARY KEY (name, copy)
+    ) WITHOUT ROWID
+    """,
 )

@@ -121,8 +121,7 @@ def test_a_flip_in_the_log_of_a_killed_store_loses_no_snapshot_silently(tmp_path
                 assert [one.id for one in reopened.snapshots()] == [one.id for one, _ in made]
                 assert all(read(reopened, one.id) == tree for one, tree in made)
                 outcomes["whole"] += 1
-        except CatalogueError as error:
-            assert "catalogue.sqlite-wal" in str(error)
+        except CatalogueError:
             # And nothing was written over: the bit flipped back, all is there.
             flip(store / log.name, bit)
             with opened(store) as mended:
