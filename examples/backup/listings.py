@@ -90,6 +90,8 @@ def usage(access: Access, as_json: bool) -> None:
         f"{_share(found.stored_bytes, found.content_bytes)};"
         f" {size(found.pack_bytes)} with what gc could remove"
     )
+    if found.cpu_seconds is None or found.peak_memory is None:
+        return
     print(
         f"the server used {found.cpu_seconds:.1f} s of CPU in {found.seconds:,.0f} s, and"
         f" {size(found.peak_memory)} at most: {per_core(found.source_bytes, found.cpu_seconds)}"

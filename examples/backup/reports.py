@@ -83,8 +83,9 @@ class Usage:
         content_bytes: The size of these chunks' contents: what deduplication left.
         stored_bytes: The length of their records: what compression left.
         pack_bytes: What the packs take, with what is no longer needed.
-        cpu_seconds: User and system time of the server's process, for all tenants.
-        peak_memory: Its largest resident size, in bytes.
+        cpu_seconds: User and system time of the server's process; None if it has tenants, whom the
+            work for others would tell what those have in common with them.
+        peak_memory: Its largest resident size, in bytes; None likewise.
         seconds: For how long it has been serving.
     """
 
@@ -95,6 +96,6 @@ class Usage:
     content_bytes: int
     stored_bytes: int
     pack_bytes: int
-    cpu_seconds: float
-    peak_memory: int
+    cpu_seconds: float | None
+    peak_memory: int | None
     seconds: float

@@ -19,6 +19,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
@@ -190,7 +191,10 @@ class StoreService(BackupStore):
 
     async def usage(self) -> Usage:
         async with self._opened() as store:
-            return await _in_thread(store.usage, limiter=self._reads)
+            found = await _in_thread(store.usage, limiter=self._reads)
+        if self._tenancy.tenants:
+            return replace(found, cpu_seconds=None, peak_memory=None)
+        return found
 
     def _opened(self, role: Role = Role.APPEND_ONLY) -> AbstractAsyncContextManager[Store]:
         """Returns the caller's store; refuses a caller whose token allows less than this."""
