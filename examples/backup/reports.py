@@ -87,6 +87,10 @@ class Usage:
             work for others would tell what those have in common with them.
         peak_memory: Its largest resident size, in bytes; None likewise.
         seconds: For how long it has been serving.
+        received_bytes: The content of all chunks that were put in that time: new ones and others.
+        calls: Calls that the server has answered or is at; None with tenants, as are the next two.
+        reply_frames: Frames of replies that it sent.
+        calls_clubbed: Replies that shared such a frame with others.
     """
 
     snapshots: int
@@ -99,3 +103,7 @@ class Usage:
     cpu_seconds: float | None
     peak_memory: int | None
     seconds: float
+    received_bytes: int = 0
+    calls: int | None = None
+    reply_frames: int | None = None
+    calls_clubbed: int | None = None

@@ -106,6 +106,7 @@ class Store:
         self._turn = threading.Lock()
         self._collecting = threading.Lock()
         self._began = time.monotonic()
+        self._received = 0
         self._recover()
 
     def __enter__(self) -> Self:
@@ -139,6 +140,8 @@ class Store:
             ChunkError: One is not what it says. None is stored.
             StoreFailed: They could not be written. Trying again is safe.
         """
+        with self._queue_lock:
+            self._received += sum(chunk.size for chunk in chunks)
         new = [chunks[position] for position in self.missing([chunk.id for chunk in chunks])]
         for chunk in new:
             self._check(chunk)
@@ -272,6 +275,7 @@ class Store:
             # Linux counts it in KiB, macOS in bytes.
             peak_memory=used.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
             seconds=time.monotonic() - self._began,
+            received_bytes=self._received,
         )
 
     def key(self) -> bytes:

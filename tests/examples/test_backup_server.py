@@ -50,6 +50,7 @@ async def test_upkeep(tmp_path):
         assert usage.content_bytes == usage.source_bytes == 4000
         assert usage.cpu_seconds is not None
         assert usage.cpu_seconds > 0
+        assert usage.received_bytes == 10_000
         assert usage.peak_memory is not None
         assert usage.peak_memory > 1 << 20
 
