@@ -78,7 +78,7 @@ class Database:
                 _mark(self._write)
                 self._checkpoints = _Checkpoints(path, self._write, files)
                 undo.callback(self._checkpoints.close)
-                self._checkpoints.make()
+                self._checkpoints.make(checked=True)
             undo.pop_all()
         # Without it a program that forgets to close would let SQLite make a checkpoint of its own.
         self._close = weakref.finalize(self, _shut, self._checkpoints, self._read, self._write)
@@ -154,11 +154,17 @@ class _Checkpoints:
         except FileNotFoundError:
             return False
 
-    def make(self) -> None:
+    def make(self, *, checked: bool = False) -> None:
+        """Makes a checkpoint of what the log has, unless that is damaged.
+
+        Args:
+            checked: Whether it was found not to be.
+        """
         logged = self._logged()
         if not logged and self._sums is not None:
             return
-        self.damage = self.damage or log_damage(self._path, self._files)
+        if not checked:
+            self.damage = self.damage or log_damage(self._path, self._files)
         if self.damage:
             return
         spoiled = self._spoiled(logged) if self._settled else set[int]()

@@ -257,7 +257,9 @@ class _Pack:
                 self._skip("is missing with the whole pack")
             self._at = self._use.end
         except PackError as error:
-            self._lost(Damage(f"pack {number}", str(error)))
+            # Where nothing of it counts, a crash tore it while it was begun.
+            if self._use.end:
+                self._lost(Damage(f"pack {number}", str(error)))
 
     def _skip(self, what: str) -> None:
         """Tells that the next chunk of the catalogue is lost, if it still ought to be there."""

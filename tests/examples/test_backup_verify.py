@@ -177,6 +177,16 @@ def test_a_pack_cut_off_is_told(tmp_path):
         assert found(store) == []
 
 
+def test_a_pack_torn_while_it_was_begun_is_not_called_damaged(tmp_path):
+    with closing(Directory(tmp_path)) as parts:
+        parts.catalogue.begin_pack(1)
+    (tmp_path / "packs/00000001.pack").write_bytes(b"drvp" + bytes(4) + b"a record")
+    with Store(tmp_path) as store:
+        assert found(store) == []
+        put(store, [1])
+        assert found(store) == []
+
+
 def test_a_record_that_nobody_needs_is_checked_as_well(tmp_path):
     with Store(tmp_path) as store:
         put(store, range(40))
