@@ -180,6 +180,10 @@ class LastSnapshot:
         """Returns the record of a page, to be written to the next cache."""
         return self._records[page][0]
 
+    def page(self, page: int) -> Page:
+        """Returns a page of the last snapshot."""
+        return self._records[page][1].page
+
     def entries(self, known: Known) -> list[Entry]:
         """Returns the entries of what is known in its page.
 

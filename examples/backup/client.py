@@ -228,6 +228,7 @@ class _Run:
             last,
             following,
             options.excluded,
+            name,
         )
         self._watch(reader.progress)
         async with batches, trio.open_nursery() as nursery:

@@ -12,7 +12,7 @@ import druvarpc
 from .chunks import chunk_id
 from .crypt import Box
 from .errors import display
-from .pages import decode
+from .manifest import Contents
 from .service import BackupStore
 from .tree import Entry, Kind, order
 
@@ -51,14 +51,15 @@ async def items(
     """Yields what is in a snapshot, one page of it in memory; of a file, one item.
 
     Raises:
-        BackupError: A page is damaged, or encrypted with another key.
+        BackupError: A page is damaged, missing, or encrypted with another key.
         RpcError: There is no such snapshot; or the server failed or went away.
     """
     # Of a very large file the ids are hashed as they come, so that memory holds one part.
     digest, begun = b"", False
+    contents = Contents(snapshot, box)
     async with aclosing(client.stub(BackupStore).pages(snapshot)) as pages:
         async for page in pages:
-            for entry in decode(page.data, page.chunks, box):
+            for entry in contents.decode(page):
                 if entry.complete and not begun:
                     yield Item(entry, entry.chunks)
                     continue
@@ -67,6 +68,7 @@ async def items(
                 if not begun:
                     yield Item(entry, (digest,))
                     digest = b""
+    contents.end()
 
 
 async def differences(

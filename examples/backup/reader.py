@@ -19,6 +19,7 @@ from . import tree
 from .cache import Known, LastSnapshot, NextCache, Stat, facts
 from .chunks import Codec, split
 from .crypt import Box
+from .manifest import Sums, manifest
 from .pages import MAX_ENTRIES, MAX_WEIGHT, Page, encode, is_last, weight
 from .service import MAX_IDS
 from .tree import HOLE, MAX_TIME, Entry, Found, Kind, Skipped
@@ -83,6 +84,7 @@ class Reader:
         last: The last snapshot.
         cache: Takes what is to be known of this one.
         excluded: See `tree.scan`.
+        name: What the snapshot will be called.
     """
 
     def __init__(
@@ -94,8 +96,11 @@ class Reader:
         last: LastSnapshot,
         cache: NextCache,
         excluded: Callable[[bytes, bool], bool] | None = None,
+        name: str = "",
     ) -> None:
         self._root = root
+        self._name = name
+        self._sums = Sums()
         self._deliver = deliver
         self._id = codec.id
         self._box = box
@@ -133,6 +138,8 @@ class Reader:
             else:
                 self._other(found)
         self._next_page()
+        if self._box is not None:
+            self._batch.pages.append(manifest(self._name, self._sums, self._box))
         self._next_batch()
 
     def _known(self, found: Found, pieces: list[Known]) -> None:
@@ -258,12 +265,15 @@ class Reader:
             return
         number = self._page
         if number is not None and self._last.is_whole(number, self._entries):
+            page = self._last.page(number)
             self._batch.pages.append(number)
             self._cache.copy(self._last.raw(number))
         else:
             page = encode(self._decoded(), self._box)
             self._batch.pages.append(page)
             self._cache.add(self._stats, page)
+        if self._box is not None:
+            self._sums.add(page)
         if number is not None:
             self._last.forget(number)
         self._entries, self._stats, self._weight, self._page = [], [], 0, None

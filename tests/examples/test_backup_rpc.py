@@ -6,6 +6,7 @@ import random
 import socket
 import sys
 import threading
+import time
 import tracemalloc
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -23,8 +24,9 @@ from druvarpc.testing import connected
 from examples.backup import pages, tree
 from examples.backup import restore as restores
 from examples.backup.chunks import LIMIT, RAW, Chunk, Codec, chunk_id
-from examples.backup.client import back_up
-from examples.backup.crypt import new_key
+from examples.backup.client import Options, back_up
+from examples.backup.compare import items
+from examples.backup.crypt import Keys, new_key
 from examples.backup.errors import (
     BackupError,
     ChunkError,
@@ -401,6 +403,65 @@ async def test_a_lying_server_is_refused_and_writes_nothing_outside(tmp_path, li
             await restore(client, "name", os.fsencode(tmp_path / "restored"))
     assert set(os.listdir(tmp_path)) <= {"restored"}
     assert "planted" not in os.listdir("/tmp")
+
+
+class Forger(StoreService):
+    """A server that keeps to the contract, but for the pages that it gives."""
+
+    def __init__(
+        self, store: Store, forged: Callable[[list[Page]], list[Page]], instead: str = ""
+    ) -> None:
+        super().__init__(store)
+        self._forged = forged
+        self._instead = instead
+
+    async def pages(self, snapshot: str) -> AsyncGenerator[Page, None]:
+        async with aclosing(super().pages(self._instead or snapshot)) as found:
+            all_of_it = [page async for page in found]
+        for page in self._forged(all_of_it):
+            yield page
+
+
+FORGED: dict[str, Callable[[list[Page]], list[Page]]] = {
+    "without the end": lambda found: found[:-1],
+    "without the last page of files": lambda found: [*found[:-2], found[-1]],
+    "without a page in the middle": lambda found: [found[0], *found[2:]],
+    "with more": lambda found: [*found, found[-1]],
+    "nothing": lambda found: [],
+}
+
+
+@pytest.mark.parametrize("how", [*FORGED, "another name", "as it is"])
+async def test_of_an_encrypted_snapshot_a_server_can_leave_nothing_out(tmp_path, how):
+    source = tmp_path / "source"
+    source.mkdir()
+    names = (name for number in count() if pages.is_last(name := b"%d" % number))
+    for name in islice(names, 6):
+        (source / os.fsdecode(name)).write_bytes(name)
+    keys = Keys(bytes(32))
+    options = Options(tmp_path / "cache", keys=keys, clock=lambda: time.time_ns() + 10**11)
+    with Store(tmp_path / "store") as store:
+        store.set_key(b"wrapped")
+        instead = "other" if how == "another name" else ""
+        async with connected([Forger(store, FORGED.get(how, list), instead)]) as client:
+            await back_up(client, os.fsencode(source), "other", Options(keys=keys))
+            await back_up(client, os.fsencode(source), "name", options)
+            (source / "new").write_text("new")
+            # Most pages are copied from the first.
+            made = await back_up(client, os.fsencode(source), "name", options)
+            assert made.unchanged == 6
+            place = os.fsencode(tmp_path / "restored")
+            wanted = restores.Options(keys=keys)
+            if how == "as it is":
+                for asked in ("name", made.snapshot.id, made.snapshot.id[:6]):
+                    assert (await restore(client, asked, place, wanted)).files == 7
+                    found = [item async for item in items(client, asked, keys.pages)]
+                    assert len(found) == 8
+                return
+            with pytest.RaisesGroup(PageError, flatten_subgroups=True, allow_unwrapped=True):
+                await restore(client, "name", place, wanted)
+            with pytest.raises(PageError):
+                _ = [item async for item in items(client, "name", keys.pages)]
 
 
 async def test_a_file_below_a_link_is_not_written_through_it(tmp_path):
