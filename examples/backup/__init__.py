@@ -11,7 +11,7 @@ What a backup is made of stands in modules that know nothing of the network:
 * `interfaces`: what both have to do, wherever they are kept
 * `packs`: files of chunks, appended to; `files`: what they ask of the operating system
 * `catalogue`: where each chunk is, pages of entries and snapshots, in SQLite; `schema`: its tables;
-  `database`: its file
+  `database`, `wal`: its file
 * `directory`: both of them in a directory; `memory`: both in memory
 * `drafts`: snapshots in the making; `snapshots`: what is known of one without its entries
 * `leases`: what keeps running backups and restores from losing what they count on

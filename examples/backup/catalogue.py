@@ -5,10 +5,12 @@ is durable itself, but for `add`, which is with the next of the others. `interfa
 says what each method promises, `database` how the file is kept.
 
 Pages are shared: a snapshot names the pages that it took over from its base, so an unchanged tree
-costs a few integers. Pages and snapshots have a digest of their own, so that damage is found where
-it is read, whatever SQLite makes of it.
+costs a few integers. Pages, snapshots, packs and facts have a digest of their own, so that damage
+is found where it is read or by `check`, whatever SQLite makes of it; a chunk's row is compared with
+its record. Facts, of which the tenant's key is one, are kept twice.
 """
 
+import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,11 +29,12 @@ from .snapshots import Snapshot
 # Ids in one question. SQLite takes 999 parameters in its older builds; more was no faster here.
 BATCH = 500
 
-_STORED = "id, pack, offset, length, size, condemned"
+# How often each fact is kept.
+COPIES = 2
+
+_STORED = "id, pack, offset, length, size, condemned, lost"
 _SNAPSHOT = "id, name, created_ns, entries, files, size, chunks"
-_USE = (
-    "UPDATE packs SET used = used + ?, chunks = chunks + ?, content = content + ? WHERE number = ?"
-)
+_USE = "number, ends, used, chunks, content"
 _PAGE = "number, digest, data, chunks, entries, files, size"
 
 
@@ -73,9 +76,14 @@ class Catalogue:
             ends[where.pack] = max(ends.get(where.pack, 0), where.offset + where.length)
         with self._database.writing(durable=False) as db:
             for batch in _batches(list(rows)):
-                known = f"SELECT id FROM chunks WHERE id IN ({_marks(batch)})"
-                for (id,) in db.execute(known, batch).fetchall():
-                    del rows[id]
+                known = f"SELECT {_STORED} FROM chunks WHERE id IN ({_marks(batch)})"
+                for stored in map(_stored, db.execute(known, batch).fetchall()):
+                    if stored.lost:
+                        db.execute("DELETE FROM chunks WHERE id = ?", (stored.id,))
+                        where = stored.where
+                        _use(db, where.pack, -where.length, -1, -stored.size)
+                    else:
+                        del rows[stored.id]
             db.executemany(
                 "INSERT INTO chunks (id, pack, offset, length, size) VALUES (?, ?, ?, ?, ?)",
                 rows.values(),
@@ -83,9 +91,8 @@ class Catalogue:
             for pack, end in ends.items():
                 added = [row for row in rows.values() if row[1] == pack]
                 used, content = sum(row[3] for row in added), sum(row[4] for row in added)
-                db.execute("INSERT INTO packs (number) VALUES (?) ON CONFLICT DO NOTHING", (pack,))
-                db.execute("UPDATE packs SET ends = max(ends, ?) WHERE number = ?", (end, pack))
-                db.execute(_USE, (used, len(added), content, pack))
+                _begin_pack(db, pack)
+                _use(db, pack, used, len(added), content, end)
 
     def chunks(self, after: bytes, limit: int) -> list[Stored]:
         with self._database.reading() as db:
@@ -113,19 +120,29 @@ class Catalogue:
             (count,) = db.execute("SELECT count(*) FROM chunks WHERE condemned > 0").fetchone()
         return count
 
+    def lost(self) -> set[bytes]:
+        with self._database.reading() as db:
+            return {id for (id,) in db.execute("SELECT id FROM chunks WHERE lost")}
+
+    def set_lost(self, stored: Stored, lost: bool) -> None:
+        where = stored.where
+        with self._database.writing() as db:
+            db.execute(
+                "UPDATE chunks SET lost = ? WHERE id = ? AND pack = ? AND offset = ?",
+                (lost, stored.id, where.pack, where.offset),
+            )
+
     def begin_pack(self, number: int) -> None:
         with self._database.writing() as db:
-            db.execute("INSERT INTO packs (number) VALUES (?) ON CONFLICT DO NOTHING", (number,))
-            db.execute("INSERT OR REPLACE INTO facts VALUES ('last pack', ?)", (number,))
+            _begin_pack(db, number)
+            _set_fact(db, "last pack", number)
 
     def last_pack(self) -> int:
         return max(int(self._fact("last pack") or 0), *(use.number for use in self.packs()), 0)
 
     def packs(self) -> list[PackUse]:
         with self._database.reading() as db:
-            rows = db.execute(
-                "SELECT number, ends, used, chunks, content FROM packs ORDER BY number"
-            )
+            rows = db.execute(f"SELECT {_USE} FROM packs ORDER BY number")
             return [PackUse(*row) for row in rows]
 
     def in_pack(self, number: int, offset: int, limit: int) -> list[Stored]:
@@ -148,7 +165,7 @@ class Catalogue:
             ).fetchone()
             if count:
                 db.execute(f"DELETE {which}", (number, generation))
-                db.execute(_USE, (-length, -count, -content, number))
+                _use(db, number, -length, -count, -content)
         return count, length
 
     def move(self, moves: Sequence[tuple[Stored, Location]]) -> None:
@@ -160,19 +177,16 @@ class Catalogue:
                     " WHERE id = ? AND pack = ? AND offset = ?",
                     (to.pack, to.offset, to.length, stored.id, old.pack, old.offset),
                 )
-                db.execute(
-                    "UPDATE packs SET ends = max(ends, ?) WHERE number = ?",
-                    (to.offset + to.length, to.pack),
-                )
+                _use(db, to.pack, end=to.offset + to.length)
                 if moved.rowcount:
-                    db.execute(_USE, (to.length, 1, stored.size, to.pack))
-                    db.execute(_USE, (-old.length, -1, -stored.size, old.pack))
+                    _use(db, to.pack, to.length, 1, stored.size)
+                    _use(db, old.pack, -old.length, -1, -stored.size)
 
     def end_pack(self, number: int) -> None:
         with self._database.writing() as db:
             db.execute(
-                "DELETE FROM packs WHERE number = ?1"
-                " AND NOT EXISTS (SELECT 1 FROM chunks WHERE pack = ?1)",
+                "DELETE FROM packs WHERE number = ?"
+                " AND NOT EXISTS (SELECT 1 FROM chunks WHERE pack = number)",
                 (number,),
             )
 
@@ -273,43 +287,57 @@ class Catalogue:
 
     def set_generation(self, generation: int) -> None:
         with self._database.writing() as db:
-            db.execute("INSERT OR REPLACE INTO facts VALUES ('generation', ?)", (generation,))
+            _set_fact(db, "generation", generation)
 
     def key(self) -> bytes:
         return bytes(self._fact("key") or b"")
 
     def set_key(self, wrapped: bytes) -> None:
         with self._database.writing() as db:
-            if db.execute("SELECT 1 FROM facts WHERE name = 'key'").fetchone():
+            if _facts(db, "key"):
                 raise KeyExists("there is a key already")
             if db.execute("SELECT 1 FROM chunks UNION ALL SELECT 1 FROM pages LIMIT 1").fetchone():
                 raise KeyExists("there are backups already, and they are not encrypted")
-            db.execute("INSERT INTO facts VALUES ('key', ?)", (wrapped,))
+            _set_fact(db, "key", wrapped)
 
     def check(self) -> list[str]:
-        return self._database.check()
+        found = self._database.check()
+        with self._database.reading() as db:
+            for number, ends, used, count, content, digest in db.execute(
+                f"SELECT {_USE}, digest FROM packs ORDER BY number"
+            ):
+                if _digest(number, ends, used, count, content) != digest:
+                    found.append(f"what it says of pack {number} is damaged")
+            for name, copy, value, digest in db.execute("SELECT * FROM facts"):
+                if _digest(name, copy, value) != digest:
+                    found.append(f"what it says of the {name} is damaged")
+        return found
 
     def close(self) -> None:
         self._database.close()
 
     def _fact(self, name: str) -> int | bytes | None:
         with self._database.reading() as db:
-            row: tuple[int | bytes] | None = db.execute(
-                "SELECT value FROM facts WHERE name = ?", (name,)
-            ).fetchone()
-        return row[0] if row else None
+            copies = _facts(db, name)
+        for copy, value, digest in copies:
+            if _digest(name, copy, value) == digest:
+                return value
+        if copies:
+            raise CatalogueError(f"what the catalogue says of the {name} is damaged")
+        return None
 
     def _create(self) -> None:
-        with self._database.writing() as db:
+        with self._database.reading() as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
+        if version not in (0, VERSION):
+            raise CatalogueError(
+                f"the store has format version {version}; this program reads {VERSION}"
+            )
+        if version == 0:
+            with self._database.writing() as db:
                 for statement in SCHEMA:
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {VERSION}")
-            elif version != VERSION:
-                raise CatalogueError(
-                    f"the store has format version {version}; this program reads {VERSION}"
-                )
 
 
 def page_digest(page: Page) -> bytes:
@@ -321,6 +349,48 @@ def page_digest(page: Page) -> bytes:
 def snapshot_digest(snapshot: Snapshot, pages: Sequence[int]) -> bytes:
     """Returns what tells whether a snapshot and its pages are what was committed."""
     return blake3(msgspec.msgpack.encode((_values(snapshot), pages))).digest()
+
+
+def _digest(*columns: int | str | bytes) -> bytes:
+    return blake3(msgspec.msgpack.encode(columns)).digest(16)
+
+
+def _facts(db: sqlite3.Connection, name: str) -> list[tuple[int, int | bytes, bytes]]:
+    return db.execute("SELECT copy, value, digest FROM facts WHERE name = ?", (name,)).fetchall()
+
+
+def _set_fact(db: sqlite3.Connection, name: str, value: int | bytes) -> None:
+    rows = [(name, copy, value, _digest(name, copy, value)) for copy in range(COPIES)]
+    db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?)", rows)
+
+
+def _begin_pack(db: sqlite3.Connection, number: int) -> None:
+    db.execute(
+        "INSERT INTO packs (number, digest) VALUES (?, ?) ON CONFLICT DO NOTHING",
+        (number, _digest(number, 0, 0, 0, 0)),
+    )
+
+
+def _use(
+    db: sqlite3.Connection,
+    pack: int,
+    used: int = 0,
+    chunks: int = 0,
+    content: int = 0,
+    end: int = 0,
+) -> None:
+    """Adds to what is counted of a pack. What was damaged stays known as damaged."""
+    row = db.execute(f"SELECT {_USE}, digest FROM packs WHERE number = ?", (pack,)).fetchone()
+    if row is None:
+        return
+    *old, digest = row
+    new = (pack, max(old[1], end), old[2] + used, old[3] + chunks, old[4] + content)
+    if _digest(*old) == digest:
+        digest = _digest(*new)
+    db.execute(
+        "UPDATE packs SET ends = ?, used = ?, chunks = ?, content = ?, digest = ? WHERE number = ?",
+        (*new[1:], digest, pack),
+    )
 
 
 def _values(snapshot: Snapshot) -> tuple[str, str, int, int, int, int, int]:
@@ -335,9 +405,9 @@ def _values(snapshot: Snapshot) -> tuple[str, str, int, int, int, int, int]:
     )
 
 
-def _stored(row: tuple[bytes, int, int, int, int, int]) -> Stored:
-    id, pack, offset, length, size, condemned = row
-    return Stored(id, Location(pack, offset, length), size, condemned)
+def _stored(row: tuple[bytes, int, int, int, int, int, int]) -> Stored:
+    id, pack, offset, length, size, condemned, lost = row
+    return Stored(id, Location(pack, offset, length), size, condemned, bool(lost))
 
 
 def _batches(values: Sequence[object]) -> Iterator[Sequence[object]]:

@@ -8,9 +8,14 @@ SQLite checks the frames of its log, and nothing of its file: a flipped bit ther
 years. So a file beside it has a checksum of each of its pages. Pages change at checkpoints alone,
 and those are made here, in an order that a crash may interrupt anywhere:
 
+0. The pages of the file that the log has anew are checked: what was written over a damaged page was
+   made from it, and its checksum must not hide that.
 1. SQLite copies the log's pages into the file, and syncs it. The log is still whole.
 2. The checksums of the pages that the log has are taken from the file, and saved.
 3. SQLite cuts the log.
+
+Before the first, the log is checked (see `wal`): one that is damaged is brought nowhere, nothing
+more is written, and the next opening is refused, so that nothing that it has is thrown away.
 
 If 3 has not happened, the next opening finds the log, and does all three again. While the log has a
 page, the log's own checksums hold for it, and that of the file is not looked at.
@@ -29,6 +34,7 @@ from blake3 import blake3
 
 from .errors import CatalogueError
 from .files import FILES, Files
+from .wal import log_damage
 
 # Nobody else has the database open, apart from a person looking at it.
 BUSY_TIMEOUT = 10.0
@@ -54,21 +60,25 @@ class Database:
         files: What reads it for checksums, and writes them.
 
     Raises:
-        CatalogueError: It cannot be opened, or is no database.
+        CatalogueError: It cannot be opened, is no database, or its log is damaged.
     """
 
     def __init__(self, path: Path, files: Files = FILES) -> None:
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
+        # Before SQLite sees it, which would write over what is behind the damage.
+        if damage := log_damage(path, files):
+            raise CatalogueError(f"{damage}: nothing is written as long as this file is there")
         with ExitStack() as undo:
             with _translated():
                 self._write = undo.enter_context(closing(_connect(path)))
                 self._read = undo.enter_context(closing(_connect(path)))
                 for db in (self._write, self._read):
                     _configure(db)
+                _mark(self._write)
                 self._checkpoints = _Checkpoints(path, self._write, files)
                 undo.callback(self._checkpoints.close)
-                self._checkpoints.make()
+                self._checkpoints.make(checked=True)
             undo.pop_all()
         # Without it a program that forgets to close would let SQLite make a checkpoint of its own.
         self._close = weakref.finalize(self, _shut, self._checkpoints, self._read, self._write)
@@ -82,11 +92,16 @@ class Database:
                 machine, though not in one of the process.
         """
         with self._write_lock, _translated():
+            if self._checkpoints.damage:
+                raise CatalogueError(self._checkpoints.damage)
             # NORMAL does not wait for the disk at the end of a transaction.
             self._write.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._write.execute("BEGIN IMMEDIATE")
+            before = self._write.total_changes
             try:
                 yield self._write
+                if durable and self._write.total_changes != before:
+                    self._write.execute("UPDATE marks SET count = count + 1")
                 self._write.execute("COMMIT")
             finally:
                 if self._write.in_transaction:
@@ -125,7 +140,12 @@ class _Checkpoints:
         (self._page_size,) = db.execute("PRAGMA page_size").fetchone()
         # Kept open: closing it would release the locks that SQLite has on the file.
         self._fd = files.open(path)
-        self._sums, self._damage = self._load()
+        self._sums, self._damaged_sums = self._load()
+        self._kept = b""
+        # Whether the file's pages are as the checksums say, and no checkpoint was interrupted.
+        self._settled = not self._logged()
+        # What is wrong with the log, if anything is.
+        self.damage = ""
 
     @property
     def due(self) -> bool:
@@ -134,10 +154,21 @@ class _Checkpoints:
         except FileNotFoundError:
             return False
 
-    def make(self) -> None:
+    def make(self, *, checked: bool = False) -> None:
+        """Makes a checkpoint of what the log has, unless that is damaged.
+
+        Args:
+            checked: Whether it was found not to be.
+        """
         logged = self._logged()
         if not logged and self._sums is not None:
             return
+        if not checked:
+            self.damage = self.damage or log_damage(self._path, self._files)
+        if self.damage:
+            return
+        spoiled = self._spoiled(logged) if self._settled else set[int]()
+        self._settled = False
         try:
             if self._db.execute("PRAGMA wal_checkpoint(FULL)").fetchone()[0]:
                 return  # Somebody else looks at it. The log stays whole.
@@ -145,42 +176,67 @@ class _Checkpoints:
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
                 return  # The log stays whole, and all can be read: so that a gc can make space.
             raise
-        if self._take(logged):
+        if self._take(logged, spoiled):
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._settled = True
 
     def check(self) -> list[str]:
-        found = list(self._damage)
         self.make()
+        found = [*self._damaged_sums, *filter(None, [self.damage])]
         logged = self._logged()
         for number in range(1, self._count() + 1):
-            at = (number - 1) * SUM_SIZE
-            if number not in logged and self._sums is not None:
-                known = bytes(self._sums[at : at + SUM_SIZE])
-                if known != self._sum(number):
-                    found.append(f"{self._path.name}: page {number} is damaged")
+            if number in logged or self._sums is None:
+                continue
+            if self._known(number) != self._sum(number):
+                found.append(f"{self._path.name}: page {number} is damaged")
         if self._sums is not None and len(self._sums) > self._count() * SUM_SIZE:
             found.append(f"{self._path.name}: its end is missing")
         return found
 
     def leave(self) -> None:
         """Comes before the connections' end, at which SQLite makes a checkpoint of what is left."""
+        if self.damage:
+            self._kept = self._log.read_bytes()
         if self._logged():
             self._forget()
 
     def close(self) -> None:
+        """Comes after the connections' end."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._kept:
+            self._files.replace(self._log, self._kept)
 
-    def _take(self, changed: set[int]) -> bool:
-        """Saves checksums, of these pages or, if none were known, of all; tells if it did."""
+    def _spoiled(self, logged: set[int]) -> set[int]:
+        """Returns those of these pages that are damaged in the file, and were so when written anew.
+
+        What is in the log was made from what was in the file.
+        """
+        if self._sums is None:
+            return set()
+        known = len(self._sums) // SUM_SIZE
+        return {
+            number
+            for number in logged
+            if number <= known and self._known(number) != self._sum(number)
+        }
+
+    def _take(self, changed: set[int], spoiled: set[int]) -> bool:
+        """Saves checksums, of these pages or, if none were known, of all; tells if it did.
+
+        Those of spoiled pages are made wrong, so that their damage stays known.
+        """
         count = self._count()
         if self._sums is None:
             self._sums, changed = bytearray(), set(range(1, count + 1))
         self._sums.extend(bytes(max(0, count * SUM_SIZE - len(self._sums))))
         for number in changed:
             if number <= count:
-                self._sums[(number - 1) * SUM_SIZE : number * SUM_SIZE] = self._sum(number)
+                fresh = self._sum(number)
+                if number in spoiled:
+                    fresh = bytes(byte ^ 255 for byte in fresh)
+                self._sums[(number - 1) * SUM_SIZE : number * SUM_SIZE] = fresh
         content = SUMS_MAGIC + self._sums
         try:
             self._files.replace(self._sums_path, content + blake3(content).digest(16))
@@ -227,6 +283,10 @@ class _Checkpoints:
     def _count(self) -> int:
         return os.fstat(self._fd).st_size // self._page_size
 
+    def _known(self, number: int) -> bytes:
+        assert self._sums is not None
+        return bytes(self._sums[(number - 1) * SUM_SIZE : number * SUM_SIZE])
+
     def _sum(self, number: int) -> bytes:
         page = self._files.read(self._fd, self._page_size, (number - 1) * self._page_size)
         return blake3(page).digest(SUM_SIZE)
@@ -257,6 +317,15 @@ def _configure(db: sqlite3.Connection) -> None:
         raise CatalogueError(f"SQLite cannot use a write-ahead log here, only {mode}")
     db.execute("PRAGMA foreign_keys = ON")
     db.execute("PRAGMA wal_autocheckpoint = 0")
+
+
+def _mark(db: sqlite3.Connection) -> None:
+    """Makes, in a new database, the table whose page tells which transactions are durable."""
+    if db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("CREATE TABLE marks (count INTEGER NOT NULL)")
+        db.execute("INSERT INTO marks VALUES (0)")
+        db.execute("COMMIT")
 
 
 @contextmanager

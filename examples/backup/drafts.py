@@ -66,6 +66,7 @@ class Draft:
             self._lease, self._base = leases.begin_with(base) if base else (leases.begin(), [])
         except (UnknownSnapshot, CatalogueError) as error:
             raise UnknownBase(str(error)) from error
+        self._lost = catalogue.lost()
         self._open = True
         self._keys: list[int] = []
         self._last: Entry | None = None
@@ -78,7 +79,8 @@ class Draft:
 
         Raises:
             InvalidEntry: There are no such pages, or they do not come after what is there.
-            UnknownBase: They are damaged. They are read, so that damage is not inherited.
+            UnknownBase: They, or chunks that they name, are damaged. They are read, so that damage
+                is not inherited: the client begins anew, and puts again what is lost.
         """
         with self._discarding_on_error():
             if not 0 <= first < first + count <= len(self._base):
@@ -87,7 +89,10 @@ class Draft:
             if first != self._follows and not self._sealed:
                 check_next(self._previous(), self._entries(keys[0])[0])
             for start in range(0, count, PAGES):
-                self._count(self._read(keys[start : start + PAGES]))
+                pages = self._read(keys[start : start + PAGES])
+                if self._lost and any(self._lost & page.ids() for page in pages):
+                    raise UnknownBase("chunks of the base are damaged")
+                self._count(pages)
             self._keys += keys
             self._follows = first + count
             self._last = None
@@ -96,13 +101,14 @@ class Draft:
         """Adds the next pages. Their chunks must be stored already.
 
         Raises:
-            UnknownChunks: They name chunks that are not.
+            UnknownChunks: They name chunks that are not, or are lost.
             InvalidEntry: An entry is out of order, incomplete, or contradicts itself or its chunks.
             PageError: One is no page; or it is encrypted and ought not to be, or the reverse.
         """
         with self._discarding_on_error():
             for page in pages:
                 self._check_form(page)
+            self._check_lost(pages)
             if not self._sealed:
                 self._check(pages)
             self._count(pages)
@@ -146,6 +152,14 @@ class Draft:
             raise PageError("a page that is not encrypted, where all have to be")
         if len(page.data) > LIMIT + MAX_OVERHEAD or len(page.chunks) % ID_SIZE:
             raise PageError("a page of too many bytes, or with half a chunk's id")
+
+    def _check_lost(self, pages: Sequence[Page]) -> None:
+        """Checks that pages name nothing that was lost when the draft began, and still is."""
+        if self._lost:
+            named = {id for page in pages for id in page.ids() & self._lost}
+            found = self._catalogue.find(list(named))
+            if lost := [id for id, stored in found.items() if stored.lost]:
+                raise UnknownChunks(lost)
 
     def _check(self, pages: Sequence[Page]) -> None:
         last = self._previous()

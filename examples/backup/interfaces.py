@@ -40,12 +40,14 @@ class Stored:
         where: Where its record is.
         size: Its content's size, in bytes.
         condemned: The generation in which it was condemned; 0 if it was not. See `leases`.
+        lost: Whether its record was found to be damaged, so that it has to be put again.
     """
 
     id: bytes
     where: Location
     size: int
     condemned: int = 0
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ class CatalogueStore(Protocol):
         ...
 
     def add(self, chunks: Iterable[tuple[Chunk, Location]]) -> None:
-        """Adds chunks and where they are. One that is known already stays as it is.
+        """Adds chunks and where they are. One that is known, and not lost, stays as it is.
 
         It is durable at the latest when the next change by another method is.
         """
@@ -150,6 +152,14 @@ class CatalogueStore(Protocol):
 
     def condemned(self) -> int:
         """Returns how many chunks are condemned."""
+        ...
+
+    def lost(self) -> set[bytes]:
+        """Returns the ids of all chunks that are lost."""
+        ...
+
+    def set_lost(self, stored: Stored, lost: bool) -> None:
+        """Says whether a chunk is lost, unless it is no longer where it was said to be."""
         ...
 
     # Packs.

@@ -98,12 +98,15 @@ class Leases:
             self._live.discard(lease)
 
     def revive(self, ids: Sequence[bytes]) -> set[bytes]:
-        """Returns those of these chunks that are there, none of them condemned any more."""
+        """Returns those of these chunks that are there and intact as far as known.
+
+        None of them is condemned any more.
+        """
         with self._lock:
             found = self._catalogue.find(ids)
             if condemned := [id for id, stored in found.items() if stored.condemned]:
                 self._catalogue.revive(condemned)
-            return set(found)
+            return {id for id, stored in found.items() if not stored.lost}
 
     # What `collect` needs.
 

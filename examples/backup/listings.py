@@ -90,10 +90,18 @@ def usage(access: Access, as_json: bool) -> None:
         f"{_share(found.stored_bytes, found.content_bytes)};"
         f" {size(found.pack_bytes)} with what gc could remove"
     )
-    print(
-        f"the server used {found.cpu_seconds:.1f} s of CPU in {found.seconds:,.0f} s, and"
-        f" {size(found.peak_memory)} at most: {per_core(found.source_bytes, found.cpu_seconds)}"
-    )
+    if found.cpu_seconds is not None and found.peak_memory is not None:
+        print(
+            f"in the {found.seconds:,.0f} s since its start the server used"
+            f" {found.cpu_seconds:.1f} s of CPU, and {size(found.peak_memory)} of memory at most;"
+            f" it was sent {size(found.received_bytes)}:"
+            f" {per_core(found.received_bytes, found.cpu_seconds)}"
+        )
+    if found.calls is not None and found.reply_frames is not None:
+        print(
+            f"clubbing: it answered {found.calls:,} calls with {found.reply_frames:,} frames;"
+            f" {found.calls_clubbed or 0:,} replies shared one with others"
+        )
 
 
 def _share(part: int, whole: int) -> str:

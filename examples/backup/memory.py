@@ -105,7 +105,9 @@ class MemoryCatalogue:
             for chunk, where in chunks:
                 end = max(self._packs.get(where.pack, 0), where.offset + where.length)
                 self._packs[where.pack] = end
-                self._chunks.setdefault(chunk.id, Stored(chunk.id, where, chunk.size))
+                known = self._chunks.get(chunk.id)
+                if known is None or known.lost:
+                    self._chunks[chunk.id] = Stored(chunk.id, where, chunk.size)
 
     def chunks(self, after: bytes, limit: int) -> list[Stored]:
         with self._lock:
@@ -126,6 +128,16 @@ class MemoryCatalogue:
     def condemned(self) -> int:
         with self._lock:
             return sum(stored.condemned > 0 for stored in self._chunks.values())
+
+    def lost(self) -> set[bytes]:
+        with self._lock:
+            return {id for id, stored in self._chunks.items() if stored.lost}
+
+    def set_lost(self, stored: Stored, lost: bool) -> None:
+        with self._lock:
+            now = self._chunks.get(stored.id)
+            if now is not None and now.where == stored.where:
+                self._chunks[stored.id] = replace(now, lost=lost)
 
     def begin_pack(self, number: int) -> None:
         with self._lock:

@@ -83,9 +83,14 @@ class Usage:
         content_bytes: The size of these chunks' contents: what deduplication left.
         stored_bytes: The length of their records: what compression left.
         pack_bytes: What the packs take, with what is no longer needed.
-        cpu_seconds: User and system time of the server's process, for all tenants.
-        peak_memory: Its largest resident size, in bytes.
+        cpu_seconds: User and system time of the server's process; None if it has tenants, whom the
+            work for others would tell what those have in common with them.
+        peak_memory: Its largest resident size, in bytes; None likewise.
         seconds: For how long it has been serving.
+        received_bytes: The content of all chunks that were put in that time: new ones and others.
+        calls: Calls that the server has answered or is at; None with tenants, as are the next two.
+        reply_frames: Frames of replies that it sent.
+        calls_clubbed: Replies that shared such a frame with others.
     """
 
     snapshots: int
@@ -95,6 +100,10 @@ class Usage:
     content_bytes: int
     stored_bytes: int
     pack_bytes: int
-    cpu_seconds: float
-    peak_memory: int
+    cpu_seconds: float | None
+    peak_memory: int | None
     seconds: float
+    received_bytes: int = 0
+    calls: int | None = None
+    reply_frames: int | None = None
+    calls_clubbed: int | None = None

@@ -1,6 +1,6 @@
 """The tables of a catalogue in SQLite, and the version of the format that they are."""
 
-VERSION = 2
+VERSION = 3
 SCHEMA = (
     """
     CREATE TABLE chunks (
@@ -9,19 +9,22 @@ SCHEMA = (
         offset INTEGER NOT NULL,
         length INTEGER NOT NULL,
         size INTEGER NOT NULL,
-        condemned INTEGER NOT NULL DEFAULT 0
+        condemned INTEGER NOT NULL DEFAULT 0,
+        lost INTEGER NOT NULL DEFAULT 0
     ) WITHOUT ROWID
     """,
     # Chunks are added in this order: it grows at its end, and costs little.
     "CREATE INDEX chunks_by_place ON chunks (pack, offset)",
     "CREATE INDEX chunks_condemned ON chunks (pack, condemned) WHERE condemned > 0",
+    "CREATE INDEX chunks_lost ON chunks (id) WHERE lost",
     """
     CREATE TABLE packs (
         number INTEGER PRIMARY KEY,
         ends INTEGER NOT NULL DEFAULT 0,
         used INTEGER NOT NULL DEFAULT 0,
         chunks INTEGER NOT NULL DEFAULT 0,
-        content INTEGER NOT NULL DEFAULT 0
+        content INTEGER NOT NULL DEFAULT 0,
+        digest BLOB NOT NULL
     )
     """,
     # AUTOINCREMENT: a number is never used again, not even one whose page was removed.
@@ -58,5 +61,14 @@ SCHEMA = (
     ) WITHOUT ROWID
     """,
     "CREATE INDEX contents_by_page ON contents (page)",
-    "CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
+    # Each fact is here twice: without the tenant's key, nothing that is encrypted can be read.
+    """
+    CREATE TABLE facts (
+        name TEXT NOT NULL,
+        copy INTEGER NOT NULL,
+        value BLOB NOT NULL,
+        digest BLOB NOT NULL,
+        PRIMARY KEY (name, copy)
+    ) WITHOUT ROWID
+    """,
 )

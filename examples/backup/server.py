@@ -19,6 +19,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
@@ -97,9 +98,14 @@ class StoreService(BackupStore):
 
     def __init__(self, stores: Store | Tenancy) -> None:
         self._tenancy = stores if isinstance(stores, Tenancy) else Tenancy.of(stores)
+        self._server: druvarpc.Server | None = None
         self._puts = trio.CapacityLimiter(PUT_THREADS)
         self._reads = trio.CapacityLimiter(READ_THREADS)
         self._works = trio.CapacityLimiter(WORK_THREADS)
+
+    def watch(self, server: druvarpc.Server) -> None:
+        """Lets `usage` tell what this server did."""
+        self._server = server
 
     async def missing(self, ids: list[bytes]) -> list[int]:
         _check_count(ids)
@@ -190,7 +196,18 @@ class StoreService(BackupStore):
 
     async def usage(self) -> Usage:
         async with self._opened() as store:
-            return await _in_thread(store.usage, limiter=self._reads)
+            found = await _in_thread(store.usage, limiter=self._reads)
+        if self._tenancy.tenants:
+            return replace(found, cpu_seconds=None, peak_memory=None)
+        if self._server is None:
+            return found
+        did = self._server.statistics()
+        return replace(
+            found,
+            calls=did.calls_started,
+            reply_frames=did.clubs_sent,
+            calls_clubbed=did.calls_clubbed,
+        )
 
     def _opened(self, role: Role = Role.APPEND_ONLY) -> AbstractAsyncContextManager[Store]:
         """Returns the caller's store; refuses a caller whose token allows less than this."""
@@ -269,10 +286,12 @@ async def serve_store(
         async with Tenancy.at(path, tenants) as tenancy, trio.open_nursery() as nursery:
             authenticate = authenticator(tenancy.tenants) if tenancy.tenants else None
             serve = partial(druvarpc.serve, tls=tls, authenticate=authenticate)
+            service = StoreService(tenancy)
             try:
-                server = await nursery.start(serve, [StoreService(tenancy)], address)
+                server = await nursery.start(serve, [service], address)
             except ValueError as error:
                 raise BackupError(str(error)) from error
+            service.watch(server)
             task_status.started(server)
             await anext(aiter(signals))
             await server.drain(timeout=DRAIN_TIMEOUT)

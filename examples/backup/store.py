@@ -106,6 +106,7 @@ class Store:
         self._turn = threading.Lock()
         self._collecting = threading.Lock()
         self._began = time.monotonic()
+        self._received = 0
         self._recover()
 
     def __enter__(self) -> Self:
@@ -122,13 +123,14 @@ class Store:
     def missing(self, ids: Sequence[bytes]) -> list[int]:
         """Returns the positions, in ascending order, of those ids that the store does not have.
 
+        What `verify` found to be damaged is missing as well, until it is put again.
         Those that are there stay there for the drafts that were begun before.
         """
         found = self._catalogue.find(ids)
         return [
             position
             for position, id in enumerate(ids)
-            if (stored := found.get(id)) is None or stored.condemned
+            if (stored := found.get(id)) is None or stored.condemned or stored.lost
         ]
 
     def put_many(self, chunks: Sequence[Chunk]) -> int:
@@ -138,6 +140,8 @@ class Store:
             ChunkError: One is not what it says. None is stored.
             StoreFailed: They could not be written. Trying again is safe.
         """
+        with self._queue_lock:
+            self._received += sum(chunk.size for chunk in chunks)
         new = [chunks[position] for position in self.missing([chunk.id for chunk in chunks])]
         for chunk in new:
             self._check(chunk)
@@ -271,6 +275,7 @@ class Store:
             # Linux counts it in KiB, macOS in bytes.
             peak_memory=used.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
             seconds=time.monotonic() - self._began,
+            received_bytes=self._received,
         )
 
     def key(self) -> bytes:

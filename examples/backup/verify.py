@@ -7,11 +7,15 @@ So a flipped bit anywhere is found, be it in a record that nothing needs any mor
 While this reads, others put, forget and collect. So what looks wrong is looked up again before it
 is told: it may have been moved or removed meanwhile.
 
+A chunk that is lost is noted in the catalogue: it is missing from then on, until a client that has
+it puts it again, in another place, which mends all snapshots that need it.
+
 Of what is damaged, the snapshots that need it are found at the end, by their lists of chunks; and
 the paths, by reading the pages concerned, unless they are encrypted.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from .errors import (
@@ -241,6 +245,9 @@ class _Pack:
                     if (self._row.id, self._row.size) != (chunk.id, chunk.size):
                         self._skip("is another chunk than the catalogue says")
                     else:
+                        if self._row.lost:
+                            # It was a read that failed, and not what is stored.
+                            self._note(self._row, lost=False)
                         self._row = next(self._rows, None)
                 self._at = where.offset + where.length
                 if advance(where.length):
@@ -250,7 +257,9 @@ class _Pack:
                 self._skip("is missing with the whole pack")
             self._at = self._use.end
         except PackError as error:
-            self._lost(Damage(f"pack {number}", str(error)))
+            # Where nothing of it counts, a crash tore it while it was begun.
+            if self._use.end:
+                self._lost(Damage(f"pack {number}", str(error)))
 
     def _skip(self, what: str) -> None:
         """Tells that the next chunk of the catalogue is lost, if it still ought to be there."""
@@ -261,6 +270,13 @@ class _Pack:
         if now is not None and now.where == row.where:
             place = f"pack {row.where.pack} at byte {row.where.offset}"
             self._lost(Damage(place, f"chunk {row.id.hex()} {what}", row.id))
+            if not row.lost:
+                self._note(row, lost=True)
+
+    def _note(self, stored: Stored, *, lost: bool) -> None:
+        # On a full disk, telling it goes on.
+        with suppress(CatalogueError):
+            self._catalogue.set_lost(stored, lost)
 
     def _all_rows(self) -> Iterator[Stored]:
         offset = 0

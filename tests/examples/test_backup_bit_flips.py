@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from examples.backup.directory import Directory
-from examples.backup.errors import BackupError
+from examples.backup.errors import BackupError, CatalogueError
 from examples.backup.store import Store
 from tests.examples.backup_commands import here, serving, succeed
-from tests.examples.small_trees import Tree, back_up, damage, read
+from tests.examples.small_trees import Tree, back_up, chunk, damage, page, read
 
 pytestmark = pytest.mark.once
 
@@ -96,6 +96,83 @@ def looked_at(path: Path) -> str:
         return f"found, {whole} of 2 restored" if damage(store) else ""
 
 
+def test_a_flip_in_the_log_of_a_killed_store_loses_no_snapshot_silently(tmp_path: Path) -> None:
+    """All of three snapshots were acknowledged, and their catalogue is in the log alone."""
+    killed, store = tmp_path / "killed", tmp_path / "store"
+    made = []
+    with opened(tmp_path / "living") as living:
+        for number, (name, tree) in enumerate({**TREES, "last": {b"a": b"last"}}.items()):
+            made.append((back_up(living, name, tree), tree))
+            if number == 1:
+                acknowledged = (tmp_path / "living/catalogue.sqlite-wal").stat().st_size
+        shutil.copytree(tmp_path / "living", killed)
+    log = killed / "catalogue.sqlite-wal"
+    draw = random.Random(SEED)
+    outcomes: Counter[str] = Counter()
+    # Its header, and whatever was synced before the last backup.
+    bits = [draw.randrange(32 * 8) for _ in range(8)]
+    bits += [draw.randrange(acknowledged * 8) for _ in range(FLIPS // 5)]
+    for bit in bits:
+        shutil.copytree(killed, store)
+        flip(store / log.name, bit)
+        try:
+            with opened(store) as reopened:
+                # Of the header, only what nobody reads can be wrong.
+                assert [one.id for one in reopened.snapshots()] == [one.id for one, _ in made]
+                assert all(read(reopened, one.id) == tree for one, tree in made)
+                outcomes["whole"] += 1
+        except CatalogueError:
+            # And nothing was written over: the bit flipped back, all is there.
+            flip(store / log.name, bit)
+            with opened(store) as mended:
+                assert len(mended.snapshots()) == 3
+                assert damage(mended) == []
+            outcomes["refused"] += 1
+        shutil.rmtree(store)
+    print(f"{len(bits)} flips in the log: {dict(outcomes)}")
+    assert outcomes["refused"] > len(bits) * 0.9
+
+
+def test_a_log_as_a_crash_leaves_it_is_taken(tmp_path: Path) -> None:
+    """A crash may lose frames for which nothing waited, though not some that come later."""
+    killed = tmp_path / "killed"
+    with Store(tmp_path / "living") as living:
+        first = back_up(living, "one", TREES["one"])
+        log = tmp_path / "living/catalogue.sqlite-wal"
+        synced = log.stat().st_size
+        for content in CONTENTS[30:]:
+            living.put_many([chunk(content)])
+        # This waits for the disk, and had not come back.
+        draft = living.begin("two")
+        draft.add([page(TREES["two"])])
+        shutil.copytree(tmp_path / "living", killed)
+        draft.discard()
+    for at in range(synced, (killed / log.name).stat().st_size - 5000, 4120):
+        store = tmp_path / "store"
+        shutil.copytree(killed, store)
+        flip(store / log.name, (at + 1000) * 8)
+        with opened(store) as reopened:
+            assert reopened.snapshots() == [first]
+            assert damage(reopened) == []
+        shutil.rmtree(store)
+
+
+def test_a_flip_in_the_log_of_a_running_store_is_told_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    with opened(path) as store:
+        made = [back_up(store, name, tree) for name, tree in TREES.items()]
+        log = path / "catalogue.sqlite-wal"
+        flip(log, (32 + 4120 * 9 + 30) * 8)
+        whole = log.read_bytes()
+        assert any("catalogue.sqlite-wal: frame 10 is damaged" in line for line in damage(store))
+        assert log.read_bytes() == whole
+        with pytest.raises(BackupError, match="frame 10 is damaged"):
+            store.forget([made[0].id])
+    assert log.read_bytes() == whole
+    with pytest.raises(CatalogueError, match="frame 10 is damaged"):
+        opened(path)
+
+
 def test_the_snapshots_and_paths_that_are_hit_are_named(tmp_path: Path) -> None:
     """Hits a chunk that one file alone has, which is in one snapshot alone; by the commands."""
     tree, content = tmp_path / "tree", random.Random(3).randbytes(50_000)
@@ -127,4 +204,8 @@ def test_the_snapshots_and_paths_that_are_hit_are_named(tmp_path: Path) -> None:
         assert hits == [(second, "below/new")]
         assert (last["damaged"], last["ok"]) == (len(lines), False)
         assert here("restore", second, tmp_path / "damaged", *there).status == 1
+        again = succeed("backup", tree, *there, "--name", "second")
+        assert again["new_chunks"] >= 1
+        succeed("restore", second, tmp_path / "mended", *there)
+        assert (tmp_path / "mended" / "below" / "new").read_bytes() == content
         succeed("restore", first, tmp_path / "whole", *there)

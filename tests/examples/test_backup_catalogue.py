@@ -15,7 +15,7 @@ import pytest
 
 from examples.backup.catalogue import Catalogue
 from examples.backup.database import LOG_LIMIT, Database
-from examples.backup.errors import CatalogueError
+from examples.backup.errors import CatalogueError, KeyExists
 from examples.backup.interfaces import Location
 from examples.backup.snapshots import Snapshot
 from tests.examples.stores import chunk, ids, page_of
@@ -69,13 +69,13 @@ def test_adding_is_all_or_nothing(path):
         assert list(catalogue.find(ids(1))) == ids(1)
 
 
-@pytest.mark.parametrize("version", [1, 99])
+@pytest.mark.parametrize("version", [2, 99])
 def test_another_version_is_refused(path, version):
     with opened(path):
         pass
     with closing(sqlite3.connect(path)) as db, db:
         db.execute(f"PRAGMA user_version = {version}")
-    with pytest.raises(CatalogueError, match=f"format version {version}; this program reads 2"):
+    with pytest.raises(CatalogueError, match=f"format version {version}; this program reads 3"):
         Catalogue(path)
 
 
@@ -124,6 +124,61 @@ def test_damaged_pages_and_snapshots_are_found_where_they_are_read(path):
             with closing(sqlite3.connect(path)) as db, db:
                 db.execute(f"UPDATE pages SET {column} = ?", (content,))
         assert catalogue.pages(keys) == [page_of(1)]
+
+
+def flip_first(path: Path, content: bytes, count: int) -> None:
+    """Flips a bit in so many of the two places that have this content."""
+    whole = path.read_bytes()
+    assert whole.count(content) == 2
+    flipped = content[:-1] + bytes([content[-1] ^ 4])
+    path.write_bytes(whole.replace(content, flipped, count))
+
+
+def test_a_damaged_copy_of_the_key_is_told_and_the_other_taken(path):
+    with opened(path) as catalogue:
+        catalogue.set_key(b"a wrapped key")
+    flip_first(path, b"a wrapped key", 1)
+    for generation in range(2, 5):
+        with opened(path) as catalogue:
+            assert catalogue.key() == b"a wrapped key"
+            # The page is written anew, with the flipped bit.
+            catalogue.set_generation(generation)
+            assert "what it says of the key is damaged" in catalogue.check()
+
+
+def test_a_key_of_which_both_copies_are_damaged_is_refused(path):
+    with opened(path) as catalogue:
+        catalogue.set_key(b"a wrapped key")
+    flip_first(path, b"a wrapped key", 2)
+    with opened(path) as catalogue:
+        with pytest.raises(CatalogueError, match="what the catalogue says of the key is damaged"):
+            catalogue.key()
+        with pytest.raises(KeyExists):
+            catalogue.set_key(b"another")
+
+
+def test_what_is_damaged_of_a_pack_stays_known(path):
+    with opened(path) as catalogue:
+        add(catalogue, *range(3))
+        assert catalogue.check() == []
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE packs SET used = used + 64")
+        for seed in range(3, 5):
+            assert "what it says of pack 1 is damaged" in catalogue.check()
+            add(catalogue, seed)
+
+
+def test_writing_over_a_damaged_page_does_not_hide_it(filled):
+    """Whatever the bit was: free space, which no digest covers, has one here."""
+    whole = filled.read_bytes()
+    with closing(sqlite3.connect(filled)) as db:
+        (root,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'facts'").fetchone()
+    at = (root - 1) * 4096 + 2000
+    filled.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    for generation in range(5, 8):
+        with opened(filled) as catalogue:
+            catalogue.set_generation(generation)
+            assert catalogue.check() == [f"catalogue.sqlite: page {root} is damaged"]
 
 
 @pytest.fixture

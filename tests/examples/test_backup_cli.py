@@ -247,7 +247,14 @@ def test_list_compare_and_look_after(tmp_path, source):
         assert stored["snapshots"] == 2
         assert stored["references"] > stored["chunks"] > 80
         assert stored["source_bytes"] > stored["content_bytes"] > 10_000_000
-        assert "deduplication left" in run("stats", *here).stdout
+        # Of which the server was sent all but what was there: its speed is that, by its CPU time.
+        assert stored["source_bytes"] > stored["received_bytes"] >= stored["content_bytes"]
+        assert stored["calls"] > stored["reply_frames"] > 0
+        assert stored["calls_clubbed"] > 0
+        told = run("stats", *here).stdout
+        assert "deduplication left" in told
+        assert re.search(r"clubbing: it answered \d+ calls with \d+ frames", told)
+        assert "GB per hour and core" in told
         assert succeed("verify", *here)["ok"]
         ruled = succeed("forget", "--keep-last", 1, *here, "--dry-run")
         assert (ruled["kept"], ruled["forgotten"]) == ([second], [first])

@@ -187,6 +187,19 @@ class TestCatalogue:
         catalogue.add([placed(1, pack=9), placed(2, pack=9)])
         assert known(catalogue, 1, 2) == [stored(1), stored(2, pack=9)]
 
+    def test_a_chunk_that_is_lost_is_added_in_another_place(self, catalogue: CatalogueStore):
+        catalogue.add([placed(1), placed(2)])
+        catalogue.set_lost(stored(1), True)
+        catalogue.set_lost(stored(2, pack=8), True)
+        assert catalogue.lost() == set(ids(1))
+        assert [one.lost for one in known(catalogue, 1, 2)] == [True, False]
+        catalogue.add([placed(1, pack=9), placed(2, pack=9)])
+        assert known(catalogue, 1, 2) == [stored(1, pack=9), stored(2)]
+        assert catalogue.packs() == [PackUse(1, 25, 5, 1, 1000), PackUse(9, 25, 5, 1, 1000)]
+        catalogue.set_lost(stored(2), True)
+        catalogue.set_lost(stored(2), False)
+        assert catalogue.lost() == set()
+
     def test_chunks_come_in_the_order_of_their_ids(self, catalogue: CatalogueStore):
         catalogue.add(placed(seed) for seed in range(20))
         every = sorted(ids(*range(20)))

@@ -48,7 +48,10 @@ async def test_upkeep(tmp_path):
         usage = await store.usage()
         assert (usage.snapshots, usage.chunks, usage.references) == (1, 4, 4)
         assert usage.content_bytes == usage.source_bytes == 4000
+        assert usage.cpu_seconds is not None
         assert usage.cpu_seconds > 0
+        assert usage.received_bytes == 10_000
+        assert usage.peak_memory is not None
         assert usage.peak_memory > 1 << 20
 
 

@@ -56,6 +56,16 @@ def test_only_new_chunks_are_stored(tmp_path):
             store.read_chunks([chunk(4).id])
 
 
+def test_what_was_received_counts_from_the_start(tmp_path):
+    with Store(tmp_path) as store:
+        put(store, range(10))
+        put(store, range(5))
+        commit(store, "name", range(10))
+        assert store.usage().received_bytes == 15_000
+    with Store(tmp_path) as store:
+        assert (store.usage().received_bytes, store.usage().source_bytes) == (0, 10_000)
+
+
 def test_a_chunk_that_is_not_what_it_says_is_not_stored(tmp_path):
     false = Chunk(chunk(1).id, 1000, chunk(2).data)
     with Store(tmp_path) as store:

@@ -70,6 +70,15 @@ async def test_devices_of_a_tenant_share_and_tenants_see_nothing_of_each_other(f
         assert await one.fetch(ids(1)) == [chunk(1)]
 
 
+async def test_no_tenant_is_told_what_the_server_did_for_others(file):
+    token = add_token(file, "acme", Role.FULL)
+    async with tenants(file) as connect, connect(token) as store:
+        await put(store, 1)
+        usage = await store.usage()
+        assert usage.chunks == 1
+        assert (usage.cpu_seconds, usage.peak_memory) == (None, None)
+
+
 async def test_nobody_is_told_why_a_token_is_refused(file):
     token = add_token(file, "acme", Role.FULL)
     messages = set()

@@ -11,7 +11,13 @@ import pytest
 from examples.backup import pages, verify
 from examples.backup.crypt import Keys
 from examples.backup.directory import Directory
-from examples.backup.errors import BackupError, CatalogueError, PackError
+from examples.backup.errors import (
+    BackupError,
+    CatalogueError,
+    PackError,
+    UnknownBase,
+    UnknownChunks,
+)
 from examples.backup.memory import Memory
 from examples.backup.reports import Checked, Damage
 from examples.backup.store import Store
@@ -83,6 +89,47 @@ def test_a_damaged_chunk_hits_the_paths_that_need_it(tmp_path):
         assert {one.chunk for one in damages} == {chunk(1).id}
 
 
+def test_a_chunk_found_damaged_is_missing_until_it_is_put_again(tmp_path):
+    with Store(tmp_path) as store:
+        put(store, range(40))
+        first = commit(store, "first", range(40))
+        (pack,) = (tmp_path / "packs").iterdir()
+        flip(pack, pack.read_bytes().index(chunk(1).data) + 500)
+        assert store.missing(ids(*range(4))) == []
+        assert [one.snapshot for one in found(store)] == ["", first.id]
+        assert store.missing(ids(*range(4))) == [1]
+    with Store(tmp_path) as store:
+        assert store.missing(ids(*range(4))) == [1]
+        # What is lost is not taken over, so that a client reads it again.
+        draft = store.begin("second", first.id)
+        with pytest.raises(UnknownBase, match="chunks of the base are damaged"):
+            draft.copy(0, 2)
+        with pytest.raises(UnknownChunks):
+            store.begin("second").add([page_of(1)])
+        draft = store.begin("second")
+        assert store.put_many([chunk(1), chunk(2)]) == 1
+        assert store.missing(ids(*range(4))) == []
+        draft.add([page_of(1)])
+        draft.commit()
+        assert list(store.read_chunks(ids(1))) == [chunk(1)]
+        # The first snapshot is mended by that; of the old place nobody needs anything.
+        assert [(one.snapshot, one.what) for one in found(store)] == [
+            ("", "a record that is not needed is damaged")
+        ]
+
+
+def test_a_read_that_failed_once_leaves_nothing_lost(tmp_path):
+    with Store(tmp_path) as store:
+        put(store, range(4))
+        (pack,) = (tmp_path / "packs").iterdir()
+        at = pack.read_bytes().index(chunk(1).data) + 500
+        flip(pack, at)
+        assert len(found(store)) == 1
+        flip(pack, at)
+        assert found(store) == []
+        assert store.missing(ids(*range(4))) == []
+
+
 def test_of_an_encrypted_snapshot_the_chunk_is_named(tmp_path):
     keys = Keys(bytes(32))
     with Store(tmp_path) as store:
@@ -127,6 +174,16 @@ def test_a_pack_cut_off_is_told(tmp_path):
             intact = sum(whole[:length].count(chunk(seed).data) for seed in range(5))
             assert len(lost) == 5 - intact
         pack.write_bytes(whole + b"left over from a crash")
+        assert found(store) == []
+
+
+def test_a_pack_torn_while_it_was_begun_is_not_called_damaged(tmp_path):
+    with closing(Directory(tmp_path)) as parts:
+        parts.catalogue.begin_pack(1)
+    (tmp_path / "packs/00000001.pack").write_bytes(b"drvp" + bytes(4) + b"a record")
+    with Store(tmp_path) as store:
+        assert found(store) == []
+        put(store, [1])
         assert found(store) == []
 
 
@@ -202,9 +259,10 @@ def test_any_flipped_bit_in_any_file_is_found(tmp_path):
         assert found(store) == []
     paths = sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size)
     assert len(paths) >= 4
+    sound = {path: path.read_bytes() for path in paths}
     draw = random.Random(11)
     for path in paths * 12:
-        whole = path.read_bytes()
+        whole = sound[path]
         at = draw.randrange(len(whole))
         flip(path, at, 1 << draw.randrange(8))
         try:
@@ -220,7 +278,9 @@ def test_any_flipped_bit_in_any_file_is_found(tmp_path):
         except CatalogueError:
             damages = [Damage("", "cannot be opened")]
         assert damages, f"{path.name} at byte {at}"
-        path.write_bytes(whole)
+        # All of them: what was found is noted in the catalogue.
+        for each, content in sound.items():
+            each.write_bytes(content)
     with Store(tmp_path) as store:
         assert found(store) == []
 
