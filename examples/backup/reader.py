@@ -19,6 +19,7 @@ from . import tree
 from .cache import Known, LastSnapshot, NextCache, Stat, facts
 from .chunks import Codec, split
 from .crypt import Box
+from .links import Links
 from .manifest import Sums, manifest
 from .pages import MAX_ENTRIES, MAX_WEIGHT, Page, encode, is_last, weight
 from .service import MAX_IDS
@@ -107,7 +108,7 @@ class Reader:
         self._last = last
         self._cache = cache
         self._excluded = excluded
-        self._links = tree.Links()
+        self._links = Links()
         self._batch = Batch()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         # The page that is being filled.

@@ -21,6 +21,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .errors import InvalidEntry
+from .links import Links
 
 # Chunks of a file in one entry: bounds an entry to 38 KiB, and to 80 MB of a large file.
 PART_CHUNKS = 1024
@@ -175,7 +176,7 @@ class Found(NamedTuple):
 def scan(
     root: bytes,
     excluded: Callable[[bytes, bool], bool] | None = None,
-    links: "Links | None" = None,
+    links: Links | None = None,
 ) -> Iterator[Found | Skipped]:
     """Yields what is in a directory, in the order of entries.
 
@@ -220,40 +221,6 @@ def scan(
             yield Found(path, status)
         else:
             yield Skipped(path, "a socket" if stat.S_ISSOCK(mode) else "an unknown kind of file")
-
-
-class _First(NamedTuple):
-    """A file that was found, and has more names."""
-
-    path: bytes
-    others: int
-    size: int
-    mtime_ns: int
-
-
-class Links:
-    """Which files were found before under other names, and are as they were then."""
-
-    def __init__(self) -> None:
-        # By device and inode.
-        self._found: dict[tuple[int, int], _First] = {}
-
-    def first(self, path: bytes, status: os.stat_result) -> bytes:
-        """Returns the path of the file that this one is a hard link of; empty if there is none."""
-        key, now = (status.st_dev, status.st_ino), (status.st_size, status.st_mtime_ns)
-        first = self._found.pop(key, None) or _First(b"", status.st_nlink, 0, 0)
-        # What has changed since is a file of its own, which further names may be links of.
-        same = first.path and (first.size, first.mtime_ns) == now
-        if first.others > 1:
-            named = first.path if same else path
-            self._found[key] = _First(named, first.others - 1, *now)
-        return first.path if same else b""
-
-    def withdraw(self, status: os.stat_result) -> None:
-        """Takes back a file that was found: what was read of it is not what it was, if any."""
-        key = status.st_dev, status.st_ino
-        if key in self._found:
-            self._found[key] = self._found[key]._replace(path=b"")
 
 
 def describe(root: bytes, found: Found) -> Entry:
