@@ -1,8 +1,9 @@
 """Async multiplexed RPC on trio: many calls in one message, and a link that is kept full."""
 
 from druvarpc.authorization import Predicate, authorize
-from druvarpc.client import Client, connect
-from druvarpc.club import Club, Part, Reply
+from druvarpc.client import Client, Metadata, connect
+from druvarpc.club import Club
+from druvarpc.compression import Compression
 from druvarpc.current import CurrentCall, current_call
 from druvarpc.errors import (
     CircuitOpen,
@@ -14,9 +15,10 @@ from druvarpc.errors import (
     Status,
 )
 from druvarpc.handlers import ServerInterceptor
-from druvarpc.identity import Caller, Identity
-from druvarpc.interceptors import InterceptedCall, Proceed
+from druvarpc.identity import Authenticate, Caller, Identity
+from druvarpc.interceptors import InterceptedCall, Proceed, Wrapper
 from druvarpc.outgoing import ClientInterceptor, OutgoingCall
+from druvarpc.parts import Part, Reply
 from druvarpc.peers import Certificate, Peer, UnixCredentials
 from druvarpc.protocol import Clubbing, Limits, Priority
 from druvarpc.replies import ReplyMetadata, reply_metadata
@@ -24,9 +26,9 @@ from druvarpc.resilience import Balance, Breaker, Hedge, Outliers, Retry
 from druvarpc.server import Server, serve
 from druvarpc.service import Cardinality, Service, rpc
 from druvarpc.statistics import ClubCount, Statistics
-from druvarpc.timings import CallTimes, MethodTimes
+from druvarpc.timings import CallTimes, MethodTimes, Timings
 from druvarpc.tls import TLS
-from druvarpc.tokens import Token
+from druvarpc.tokens import Token, TokenSource
 from druvarpc.version import __version__
 from druvarpc.windowed import windowed
 
@@ -35,6 +37,7 @@ from druvarpc import testing as testing  # isort: skip
 
 __all__ = [
     "TLS",
+    "Authenticate",
     "Balance",
     "Breaker",
     "CallTimes",
@@ -47,6 +50,7 @@ __all__ = [
     "Club",
     "ClubCount",
     "Clubbing",
+    "Compression",
     "ConnectionLost",
     "CurrentCall",
     "Hedge",
@@ -54,6 +58,7 @@ __all__ = [
     "InterceptedCall",
     "Limits",
     "LocalProtocolError",
+    "Metadata",
     "MethodTimes",
     "OutgoingCall",
     "Outliers",
@@ -73,8 +78,11 @@ __all__ = [
     "Service",
     "Statistics",
     "Status",
+    "Timings",
     "Token",
+    "TokenSource",
     "UnixCredentials",
+    "Wrapper",
     "__version__",
     "authorize",
     "connect",

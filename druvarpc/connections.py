@@ -249,14 +249,22 @@ class Connections:
         return connection
 
     def _take(self, connection: ClientConnection, *, quiet: bool) -> None:
-        """Let calls be made on a new connection."""
+        """Let calls be made on a new connection, or end it.
+
+        Raises:
+            ConnectionLost: none can be made on it.
+        """
         if self.over:
             # All others have ended while this one was opened, and with them the client.
             connection.session.close()
             raise self.lost()
         tokens = self._terms.tokens
         if tokens is not None and tokens.current is not None:
-            connection.authenticate(tokens.current)
+            try:
+                connection.authenticate(tokens.current)
+            except ConnectionLost:
+                connection.session.close(message="the token isn't taken")
+                raise
         if quiet:
             self._quiet = connection
         else:

@@ -16,6 +16,10 @@ from druvarpc.transports import Transport
 # Connections at once to a server that drains as they come, until that counts as a failure: where
 # several servers share a port, the next one may be another's.
 _DRAINED: Final = 4
+# Seconds that a server has before the next is tried beside it: the delay between attempts of Happy
+# Eyeballs (RFC 8305, section 8).
+_HEAD_START: Final = 0.25
+_NOT_NEEDED: Final = "another server answered"
 
 
 class Target(NamedTuple):
@@ -72,7 +76,10 @@ class Dialer:
         self._budget = budget
 
     async def open(self, start: float, begin: Begin) -> ClientConnection:
-        """Open a connection that takes calls. Each target gets an equal part of the time.
+        """Open a connection that takes calls, to the first target that answers.
+
+        Happy Eyeballs (RFC 8305): each has a head start before the next, which begins at once when
+        one fails. All of them together have the time of `Terms.timeout`.
 
         Args:
             start: from when on the time counts.
@@ -81,28 +88,54 @@ class Dialer:
         Raises:
             ConnectionLost: none answers.
         """
-        timeout = self._terms.timeout / len(self._targets)
-        errors: list[ConnectionLost] = []
-        for target in self._targets:
+        deadline = start + self._terms.timeout
+        if self._terms.tokens is not None:
+            # Before a connection is there: the server doesn't wait for ever. And before a target's
+            # head start, which is for what that one takes.
+            await self._need_token(self._terms.tokens, deadline)
+        if len(self._targets) == 1:
+            return await self._open(self._targets[0], deadline, begin)
+        return await self._open_first(deadline, begin)
+
+    async def _open_first(self, deadline: float, begin: Begin) -> ClientConnection:
+        # Of many, each is to have its turn in time.
+        head_start = min(_HEAD_START, self._terms.timeout / len(self._targets))
+        opened: list[ClientConnection] = []
+        errors: dict[int, ConnectionLost] = {}
+
+        async def attempt(index: int, failed: trio.Event) -> None:
             try:
-                return await self._open(target, start, timeout, begin)
+                connection = await self._open(self._targets[index], deadline, begin)
             except ConnectionLost as error:
-                errors.append(error)
-                start = trio.current_time()
-        if len(errors) == 1:
-            raise errors[0]
-        messages = dict.fromkeys(error.message for error in errors)  # each once
+                errors[index] = error
+                failed.set()
+            else:
+                opened.append(connection)
+                nursery.cancel_scope.cancel()
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for index in range(len(self._targets)):
+                    failed = trio.Event()
+                    nursery.start_soon(attempt, index, failed)
+                    with trio.move_on_after(head_start):
+                        await failed.wait()
+        except BaseException:
+            for connection in opened:
+                connection.session.close(message=_NOT_NEEDED)
+            raise
+        for connection in opened[1:]:  # they were opened in the same moment
+            connection.session.close(message=_NOT_NEEDED)
+        if opened:
+            return opened[0]
+        messages = dict.fromkeys(errors[index].message for index in sorted(errors))  # each once
         raise ConnectionLost("; ".join(messages), not_started=True)
 
-    async def _open(
-        self, target: Target, start: float, timeout: float, begin: Begin
-    ) -> ClientConnection:
+    async def _open(self, target: Target, deadline: float, begin: Begin) -> ClientConnection:
+        timeout = self._terms.timeout
         for left in range(_DRAINED, 0, -1):
             transport: Transport | None = None
-            with trio.move_on_at(start + timeout):
-                if self._terms.tokens is not None:
-                    # Before the connection is there: the server doesn't wait for ever.
-                    await _need_token(self._terms.tokens, target.address)
+            with trio.move_on_at(deadline):
                 transport = await target.dial()
             if transport is None:
                 raise no_answer(target.address, timeout)
@@ -116,21 +149,26 @@ class Dialer:
             )
             connection = begin(core, transport)
             try:
-                await connection.settle(start + timeout, timeout)
+                await connection.settle(deadline, timeout)
                 return connection
             except ConnectionLost:
                 if not connection.drained or left == 1:
                     raise
         raise AssertionError("the last attempt returns or raises")
 
+    async def _need_token(self, tokens: Tokens, deadline: float) -> None:
+        """Have a token until `deadline`.
 
-async def _need_token(tokens: Tokens, address: str) -> None:
-    """Have a token, for a connection to `address`.
-
-    Raises:
-        ConnectionLost: none can be had.
-    """
-    try:
-        await tokens.get()
-    except RpcError as error:
-        raise ConnectionLost(f"can't connect to {address}: {error}", not_started=True) from error
+        Raises:
+            ConnectionLost: none can be had.
+        """
+        address = self._targets[0].address
+        try:
+            with trio.move_on_at(deadline) as scope:
+                await tokens.get()
+        except RpcError as error:
+            raise ConnectionLost(
+                f"can't connect to {address}: {error}", not_started=True
+            ) from error
+        if scope.cancelled_caught:
+            raise no_answer(address, self._terms.timeout)

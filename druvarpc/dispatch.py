@@ -31,6 +31,7 @@ from druvarpc.interceptors import chain
 from druvarpc.load import Load
 from druvarpc.pipe import Pipe, closing
 from druvarpc.protocol import (
+    Budget,
     CallsReceived,
     Connection,
     Event,
@@ -93,6 +94,7 @@ class Dispatcher:
         nursery: where handlers run; cancelled with the connection.
         totals: where to count.
         load: how many handlers run, those of other connections included.
+        memory: what the connections of the server share.
         authenticate: tells whose calls they are; None for nobody's.
 
     Attributes:
@@ -124,6 +126,7 @@ class Dispatcher:
         nursery: trio.Nursery,
         totals: Totals,
         load: Load,
+        memory: Budget,
         authenticate: Authenticate | None = None,
     ) -> None:
         self.session = Session(core, transport, self._handle, self._discard)
@@ -131,7 +134,7 @@ class Dispatcher:
         self._authenticator: Authenticator | None = None
         if authenticate is not None:
             self._authenticator = Authenticator(
-                authenticate, self.session, self._release, self._refuse
+                authenticate, self.session, memory, self._release, self._refuse
             )
             nursery.start_soon(self._authenticator.run)
         self._core = core
@@ -150,6 +153,8 @@ class Dispatcher:
         """Count the calls that have ended with the connection: they get no reply."""
         self._totals.calls_ended += self._active
         self._totals.calls_failed += self._active
+        if self._authenticator is not None:
+            self._authenticator.part()
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, CallsReceived):
@@ -188,6 +193,8 @@ class Dispatcher:
             worker.stop(outcome)
         elif call.final is None and call.state is not State.CLOSED:
             # Its handler hasn't begun; where the queue is read it is passed over.
+            if self._authenticator is not None:
+                self._authenticator.forget(call)
             self._reply(call, None, outcome)
 
     def _release(self, calls: Sequence[Stream]) -> None:
@@ -198,6 +205,8 @@ class Dispatcher:
     def _refuse(self, call: Stream, outcome: Outcome) -> None:
         """Answer a call that isn't run."""
         call.token = None
+        # The core knows it for as long as its caller sends data: without what it takes.
+        call.payload = None
         self._reply(call, None, outcome)
 
     # The pool.

@@ -4,7 +4,7 @@ In this order: the header of the PROXY protocol, where one is demanded; TLS, lik
 first byte, by which the bare protocol is told apart from HTTP, which may lead to it. A server waits
 for that byte before it says anything. The client sends it without waiting, so nothing is lost.
 
-All of this has the time of a handshake.
+All of this has the time of a handshake, and little when the server drains.
 """
 
 import logging
@@ -12,6 +12,7 @@ from contextlib import suppress
 
 import trio
 
+from druvarpc.arrivals import Arrivals
 from druvarpc.codec import printable
 from druvarpc.errors import CloseCode
 from druvarpc.http import Site, answer, part, respond_plainly
@@ -38,16 +39,23 @@ class Entrance:
     Args:
         site: what is told by HTTP.
         limits: of the server.
+        arrivals: how long all this may take.
         contexts: of TLS, if that is demanded.
         proxied: every connection begins with a header of the PROXY protocol.
     """
 
     def __init__(
-        self, site: Site, limits: Limits, contexts: Contexts | None, *, proxied: bool
+        self,
+        site: Site,
+        limits: Limits,
+        arrivals: Arrivals,
+        contexts: Contexts | None,
+        *,
+        proxied: bool,
     ) -> None:
         self._site = site
         self._limits = limits
-        self._patience = limits.handshake_timeout
+        self._arrivals = arrivals
         self._contexts = contexts
         self._proxied = proxied
 
@@ -73,7 +81,7 @@ class Entrance:
         transport: SocketTransport | TLSTransport = connected
         ready = not (self._proxied or self._contexts)
         first = b""
-        with trio.move_on_after(self._patience) as scope:
+        with self._arrivals.limit() as scope:
             if self._proxied:
                 await _read_header(connected)
             if self._contexts is not None:
@@ -88,7 +96,7 @@ class Entrance:
         if not first:
             return None
         if _is_http(first):
-            if not await answer(transport, self._site, self._patience):
+            if not await answer(transport, self._site, self._arrivals):
                 return None
             began = trio.current_time()  # whatever was asked before the upgrade
         return transport, began

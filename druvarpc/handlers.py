@@ -20,7 +20,7 @@ import msgspec
 
 from druvarpc.authorization import predicates_of, require
 from druvarpc.current import CurrentCall, Place, current
-from druvarpc.errors import Status, rpc_error_in
+from druvarpc.errors import RpcError, Status, rpc_error_in
 from druvarpc.interceptors import Once, Proceed
 from druvarpc.pipe import Pipe
 from druvarpc.protocol import Outcome
@@ -190,22 +190,35 @@ def with_trailers(outcome: Outcome | None, trailers: Mapping[str, str | bytes]) 
 def failure_of(method: str, error: Exception, max_details: int) -> Outcome:
     """Return what the caller is told of a handler's exception.
 
-    That is an `RpcError` as it is, except that a handler which ran can't have been "not started",
-    whatever a call of its own says. Of any other exception the caller learns nothing; it is logged.
+    Of one that is no `RpcError` the caller learns nothing; it is logged.
     """
     found = rpc_error_in(error)
     if found is not None:
         try:
-            # A class derived from RpcError may have left out what its base sets, or changed it.
-            status, message = Status(found.status), str(found.message)
-            if status is not Status.OK:
-                details = _encode_details(method, found.details, max_details)
-                trailers: Mapping[str, str | bytes] = getattr(found, "trailers", {})
-                return Outcome(status, message, details, trailers=tuple(trailers.items()))
+            outcome = outcome_of(method, found, max_details)
+            if outcome is not None:
+                return outcome
         except Exception as malformed:
             error = malformed
     logger.error("%s: the handler failed", method, exc_info=error)
     return Outcome(Status.INTERNAL, "the server failed")
+
+
+def outcome_of(method: str, error: RpcError, max_details: int) -> Outcome | None:
+    """Return an `RpcError` as the caller is told of it, None if it says that all is well.
+
+    That is as it is, except that a handler which ran can't have been "not started", whatever a
+    call of its own says.
+
+    Raises:
+        Exception: a class derived from RpcError has left out what its base sets, or changed it.
+    """
+    status, message = Status(error.status), str(error.message)
+    if status is Status.OK:
+        return None
+    details = _encode_details(method, error.details, max_details)
+    trailers: Mapping[str, str | bytes] = getattr(error, "trailers", {})
+    return Outcome(status, message, details, trailers=tuple(trailers.items()))
 
 
 def _encode_details(method: str, details: object, most: int) -> bytes | None:

@@ -7,17 +7,19 @@ protocol: the request is refused, since whoever stands in between may take it fo
 
 *Client.* `upgrade` is the other end of that; `tunnel` asks a proxy for a connection (CONNECT).
 
-A head is 16 KiB at most, a body nothing. Each request has the time of a handshake.
+A head is 16 KiB at most, a body nothing. Each request has the time of a handshake, or what of it a
+drain leaves.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Final, Protocol
 
 import h11
 import trio
 
+from druvarpc.arrivals import Arrivals
 from druvarpc.codec import printable
 from druvarpc.statistics import Statistics
 from druvarpc.transports import Buffer, Transport
@@ -83,15 +85,16 @@ class _Answer:
 # The server's side.
 
 
-async def answer(transport: Rewindable, site: Site, patience: float) -> bool:
+async def answer(transport: Rewindable, site: Site, arrivals: Arrivals) -> bool:
     """Answer requests; return whether one has turned the connection into one of druvarpc's.
 
-    Otherwise it has ended, or is to be closed.
+    Otherwise it has ended, or is to be closed. From a server that drains every answer is the last:
+    a connection that is kept would keep the server.
 
     Args:
         transport: nothing of what it carries has been read.
         site: what to tell.
-        patience: seconds that each request, with its answer, may take.
+        arrivals: how long each request, with its answer, may take.
 
     Raises:
         trio.BrokenResourceError: the connection is broken.
@@ -102,7 +105,7 @@ async def answer(transport: Rewindable, site: Site, patience: float) -> bool:
     while not upgraded and connection.our_state is h11.IDLE:
         # Requests that came together are no reason to let others wait.
         await trio.lowlevel.checkpoint()
-        with trio.move_on_after(patience) as scope:
+        with arrivals.limit() as scope:
             upgraded = await _answer_one(connection, transport, site)
         if scope.cancelled_caught:
             return False
@@ -133,6 +136,8 @@ async def _answer_one(connection: h11.Connection, transport: Rewindable, site: S
         if not isinstance(request, h11.Request):
             return False  # the end
         chosen = _choose(request, site)
+        if chosen is not None and not site.serving():
+            chosen = replace(chosen, last=True)
         # A body isn't read, so that nothing can follow it. Else this is the end of the request.
         if chosen is None or not chosen.last:
             await _next_event(connection, transport)
@@ -250,6 +255,7 @@ def metrics(figures: Statistics) -> str:
     counters: Mapping[str, float] = {
         "calls_started_total": figures.calls_started,
         "calls_failed_total": figures.calls_failed,
+        "calls_refused_total": figures.calls_refused,
         "clubs_sent_total": figures.clubs_sent,
         "calls_clubbed_total": figures.calls_clubbed,
         "bytes_sent_total": figures.bytes_sent,

@@ -5,7 +5,10 @@ come after it. Each AUTH, and the time before the first, is one `_Claim`. It is 
 first call comes that falls under it, not before: so a client that sends one AUTH after the other
 makes the server ask for none of them. Until it is settled its calls wait here, and with them those
 of later claims, in the order in which they came; they are as many as the connection's `max_calls`
-at most. One task for each connection asks, claim by claim.
+at most. Arguments that came as data have left their credit behind, and may be many times what the
+client sent if it compresses: of these no more wait than `max_message` for a connection and
+`total_memory` for a server, together with what windows take. Calls beyond that are refused. One
+task for each connection asks, claim by claim.
 
 What `authenticate` said is kept with the claim: an identity until it expires, a refusal as long as
 the claim lasts, and a failure (it raised something else, or took too long) for `_RETRY_AFTER`.
@@ -13,7 +16,6 @@ the claim lasts, and a failure (it raised something else, or took too long) for 
 
 import logging
 import math
-import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,10 +23,11 @@ from typing import Final
 
 import trio
 
+from druvarpc.authorization import whereabouts
 from druvarpc.errors import Status, cancelled_part, rpc_error_in
-from druvarpc.handlers import failure_of
+from druvarpc.handlers import outcome_of
 from druvarpc.peers import Certificate, UnixCredentials
-from druvarpc.protocol import AuthReceived, Outcome, State, Stream
+from druvarpc.protocol import AuthReceived, Budget, Outcome, State, Stream
 from druvarpc.session import Session
 
 __all__ = ["Authenticate", "Authenticator", "Caller", "Identity"]
@@ -42,6 +45,11 @@ _FINAL: Final = (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED)
 
 _TOO_MANY: Final = Outcome(
     Status.RESOURCE_EXHAUSTED, "too many tokens wait to be looked at", not_started=True
+)
+_TOO_LARGE: Final = Outcome(
+    Status.RESOURCE_EXHAUSTED,
+    "the arguments of calls that wait for authentication are too large",
+    not_started=True,
 )
 
 
@@ -102,7 +110,7 @@ class _Claim:
         self.identity: object = None
         self.refusal: Outcome | None = None
         self.until = -math.inf
-        self.waiting: list[Stream] | None = None
+        self.waiting: dict[Stream, None] | None = None
 
 
 class Authenticator:
@@ -111,6 +119,7 @@ class Authenticator:
     Args:
         authenticate: the user's.
         session: the connection.
+        memory: what the connections of the server share.
         release: called with calls that may run now, their identity as `token`.
         refuse: called to answer one of them.
     """
@@ -118,6 +127,7 @@ class Authenticator:
     __slots__ = (
         "_authenticate",
         "_claim",
+        "_memory",
         "_pending",
         "_refuse",
         "_release",
@@ -129,11 +139,13 @@ class Authenticator:
         self,
         authenticate: Authenticate,
         session: Session,
+        memory: Budget,
         release: Callable[[Sequence[Stream]], None],
         refuse: Callable[[Stream, Outcome], None],
     ) -> None:
         self._authenticate = authenticate
         self._session = session
+        self._memory = Budget(session.core.limits.max_message, memory)
         self._release = release
         self._refuse = refuse
         self._claim = _Claim(None)  # before the first AUTH
@@ -149,19 +161,42 @@ class Authenticator:
             # None must overtake another, though it were another's: hence also those of a claim
             # that is settled wait if some of an earlier one do.
             if claim.waiting is not None:
-                claim.waiting.append(call)
+                self._keep(call, claim.waiting)
             elif len(self._pending) >= _MOST_PENDING:
                 self._refuse(call, _TOO_MANY)
             elif self._pending or now >= claim.until:
-                claim.waiting = [call]
+                claim.waiting = {}
                 self._pending.append(claim)
                 self._wake.unpark()
+                self._keep(call, claim.waiting)
             elif claim.refusal is not None:
                 self._refuse(call, claim.refusal)
             else:
                 call.token = claim.identity
                 ready.append(call)
         return ready
+
+    def forget(self, call: Stream) -> None:
+        """Keep a call no longer that is answered otherwise, such as one that was abandoned."""
+        waiting = self._claim_of(call).waiting
+        if waiting is not None and call in waiting:
+            del waiting[call]
+            self._memory.give(self._weight(call))
+
+    def part(self) -> None:
+        """Leave the shared memory to the other connections."""
+        self._memory.part()
+
+    def _keep(self, call: Stream, waiting: dict[Stream, None]) -> None:
+        if self._memory.take(self._weight(call)):
+            waiting[call] = None
+        else:
+            self._refuse(call, _TOO_LARGE)
+
+    def _weight(self, call: Stream) -> int:
+        """Return the bytes that a call takes beside what it has a right to, as `Limits` says."""
+        size = len(call.payload or b"")
+        return size if size > self._session.core.limits.max_inline else 0
 
     def _claim_of(self, call: Stream) -> _Claim:
         auth = call.token
@@ -212,16 +247,16 @@ class Authenticator:
         core = self._session.core
         found = rpc_error_in(error)
         if found is not None:
-            outcome = failure_of("authenticate", found, core.peer.max_inline)
-            return replace(outcome, not_started=True)
+            try:
+                outcome = outcome_of("authenticate", found, core.peer.max_inline)
+                if outcome is not None:
+                    return replace(outcome, not_started=True)
+            except Exception as malformed:
+                error = malformed
         if isinstance(error, trio.TooSlowError):
             logger.error("%s: authenticate took too long", caller.address)
             return Outcome(Status.UNAVAILABLE, "authentication took too long", not_started=True)
-        text = "".join(traceback.format_exception(error))
-        if caller.token:
-            # It may well be the key that wasn't in a dict.
-            text = text.replace(caller.token, "(the token)")
-        logger.error("%s: authenticate failed\n%s", caller.address, text)
+        logger.error("%s: authenticate failed\n%s", caller.address, whereabouts(error))
         return Outcome(Status.INTERNAL, "the server failed", not_started=True)
 
     def _go_on(self, claim: _Claim) -> None:
@@ -229,7 +264,8 @@ class Authenticator:
         waiting, claim.waiting = claim.waiting, None
         if waiting is None or self._session.ended:
             return
-        # Those that were abandoned meanwhile have been answered.
+        self._memory.give(sum(map(self._weight, waiting)))
+        # Of one that was abandoned the event may be still to come.
         calls = [
             call
             for call in waiting

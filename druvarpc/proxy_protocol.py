@@ -71,6 +71,8 @@ def _parse_line(data: bytes) -> Header | None:
     if len(words) != 6 or words[1] not in ("TCP4", "TCP6"):
         raise ValueError("PROXY: malformed")
     kind = IPv4Address if words[1] == "TCP4" else IPv6Address
+    if "%" in words[2] + words[3]:
+        raise ValueError("PROXY: an address with a scope")  # which may be any text
     try:
         source, _ = kind(words[2]), kind(words[3])
     except AddressValueError:

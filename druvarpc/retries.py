@@ -4,7 +4,7 @@ Every cardinality asks `Attempts.pause` when an attempt has failed, and makes an
 returns. What was never in a server's hands moves on for nothing: to the connection that is being
 opened, or to another server. What a server was given is another attempt, with a pause, out of the
 retry budget (`druvarpc.resilience`). What the server refused for the client's token is made again
-once, with a new token (`druvarpc.tokens`).
+once, with a new token, if there is another (`druvarpc.tokens`).
 """
 
 import random
@@ -15,7 +15,7 @@ import trio
 from druvarpc.calls import Options
 from druvarpc.endpoints import Endpoints
 from druvarpc.errors import CircuitOpen, ConnectionLost, RpcError, Status
-from druvarpc.tokens import Tokens
+from druvarpc.tokens import Token, Tokens
 
 # Times that a call moves on for nothing: servers that drain one after the other, each as the call
 # comes, aren't met more often than that, and a server that refuses all is soon left alone.
@@ -40,6 +40,7 @@ class Attempts:
         "_renewed",
         "_retry",
         "_sent",
+        "_token",
         "_wait",
         "made",
     )
@@ -54,6 +55,8 @@ class Attempts:
         self._failed = 0
         self._moved = 0
         self._renewed = False
+        # What the attempt was made with; None if that isn't known, for one that was made before.
+        self._token: Token | None = None
         self._sent = sent  # once, at least
         self.made = sent  # this attempt was
 
@@ -61,6 +64,8 @@ class Attempts:
         """Note that an attempt has been given to a connection, or those of several calls."""
         self._endpoints.retried += calls if self._sent else 0
         self._sent = self.made = True
+        tokens = self._endpoints.tokens
+        self._token = None if tokens is None else tokens.current
 
     async def pause(self, error: RpcError, calls: int = 1) -> None:
         """Wait until the next attempt is to begin.
@@ -80,6 +85,8 @@ class Attempts:
             tokens = self._endpoints.tokens
             assert tokens is not None
             await tokens.renew()
+            if tokens.refused:
+                raise error
             return
         if isinstance(error, CircuitOpen):
             raise error
@@ -95,7 +102,8 @@ class Attempts:
         """Whether another attempt may begin now, beside that of another call which has waited."""
         made, self.made = self.made, False
         if self._may_renew(error):
-            return True  # that other has had a new token
+            tokens = self._endpoints.tokens
+            return tokens is not None and not tokens.refused  # that other has had a new one
         if isinstance(error, ConnectionLost) and error.not_started and self._may_move(made):
             return True
         retry = self._retry
@@ -106,10 +114,12 @@ class Attempts:
 
     def _may_renew(self, error: RpcError) -> bool:
         """Whether the call may be made again with a new token, which it may once."""
-        if self._renewed or not renewable(self._endpoints.tokens, error):
+        tokens = self._endpoints.tokens
+        if tokens is None or not renewable(tokens, error):
             return False
-        self._renewed = True
-        return True
+        tokens.note_refusal(self._token)
+        renewed, self._renewed = self._renewed, True
+        return not renewed
 
     def _may_move(self, made: bool) -> bool:
         """Whether the call may go elsewhere at once: no server has begun it."""

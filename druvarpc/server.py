@@ -10,6 +10,7 @@ from typing import Final
 import trio
 
 from druvarpc.addresses import Address, parse_address
+from druvarpc.arrivals import Arrivals
 from druvarpc.compression import Compression, algorithms_for
 from druvarpc.dispatch import Dispatcher
 from druvarpc.entrance import Entrance
@@ -69,6 +70,7 @@ class Server:
         self._load = Load(limits.total_calls)
         self._sessions: dict[Session, None] = {}
         self._changed = trio.lowlevel.ParkingLot()
+        self._arrivals = Arrivals(limits.handshake_timeout)
         self._arriving = 0  # connections that haven't been admitted yet
         self._accepting = trio.CancelScope()
         self._stopped = trio.Event()  # accepting, or not begun
@@ -83,7 +85,8 @@ class Server:
     async def drain(self, timeout: float = DRAIN_TIMEOUT) -> None:
         """Stop accepting connections and calls, let those that run end, and stop serving.
 
-        Clients are told which of their calls were accepted; the others they may send elsewhere.
+        Clients are told which of their calls were accepted; the others they may send elsewhere. A
+        connection on which nothing has come yet, or that is kept for HTTP, has a second to begin.
         A handler that waits for this waits for itself until the time is up.
         Cancelled, it leaves the server draining.
 
@@ -93,6 +96,7 @@ class Server:
         self._draining = True
         self._remove_sockets()
         self._accepting.cancel()
+        self._arrivals.hurry()
         for session in self._sessions:
             session.core.drain()
             session.flush()
@@ -167,6 +171,7 @@ class Server:
                 nursery,
                 self._totals,
                 self._load,
+                self._memory,
                 self._authenticate,
             )
             session = dispatcher.session
@@ -200,7 +205,7 @@ class Server:
             statistics=self.statistics,
         )
         contexts = self._contexts if address.secure else None
-        return Entrance(site, self._limits, contexts, proxied=self._proxy_protocol)
+        return Entrance(site, self._limits, self._arrivals, contexts, proxied=self._proxy_protocol)
 
     async def _accept(self, entrance: Entrance, stream: trio.SocketStream) -> None:
         self._arriving += 1

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import AsyncGenerator, Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import trio
 from trio.lowlevel import Task, current_task, wait_task_rescheduled
@@ -11,15 +11,27 @@ from trio.lowlevel import Task, current_task, wait_task_rescheduled
 from druvarpc.calls import Call, Calls, Options, note_reply
 from druvarpc.connections import HEAVY
 from druvarpc.endpoints import Endpoints
-from druvarpc.errors import RpcError
+from druvarpc.errors import RpcError, Status
 from druvarpc.outgoing import Around
 from druvarpc.replies import Pairs, collecting
 from druvarpc.resilience import Retry
-from druvarpc.retries import Attempts, may_fare_better
+from druvarpc.retries import Attempts
 from druvarpc.service import Cardinality, Method, Service, methods_of
 from druvarpc.streaming import download, exchange, upload
 
 S = TypeVar("S", bound=Service)
+
+# With these a call was answered, for what it asks: another server would say the same. What else a
+# copy fails with may be the fault of its server, and is no reason to give up on the others.
+_ANSWERS: Final = frozenset(
+    {
+        Status.INVALID_ARGUMENT,
+        Status.NOT_FOUND,
+        Status.ALREADY_EXISTS,
+        Status.FAILED_PRECONDITION,
+        Status.OUT_OF_RANGE,
+    }
+)
 
 
 class StubMethod:
@@ -158,12 +170,14 @@ class HedgedMethod(UnaryMethod):
                     continue
                 waiting.remove(call)
                 failure = call.failure
+                if waiting and isinstance(failure, RpcError) and failure.status not in _ANSWERS:
+                    continue
+                note_reply(call)
                 if failure is None:
                     return await self.result(call)
                 if not isinstance(failure, RpcError):
                     raise failure
-                if not waiting or not may_fare_better(failure, idempotent=True):
-                    break
+                break
         finally:
             for call in begun:
                 call.on_done = None

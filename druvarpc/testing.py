@@ -11,7 +11,7 @@ from typing import Literal
 
 import trio
 
-from druvarpc.client import Client, connect_to
+from druvarpc.client import CONNECT_TIMEOUT, Client, connect_to
 from druvarpc.compression import Compression, algorithms_for
 from druvarpc.dialing import Target, Terms
 from druvarpc.handlers import ServerInterceptor
@@ -19,7 +19,7 @@ from druvarpc.identity import Authenticate
 from druvarpc.links import Clock, Connection, End, Pipe, Wire
 from druvarpc.outgoing import ClientInterceptor
 from druvarpc.protocol import Clubbing, Limits
-from druvarpc.resilience import Breaker, Retry
+from druvarpc.resilience import Balance, Breaker, Outliers, Retry
 from druvarpc.server import Server
 from druvarpc.service import Service
 from druvarpc.session import quiet_nursery
@@ -165,10 +165,13 @@ async def connected(
     limits: Limits = Limits(),
     server_limits: Limits = Limits(),
     link: Link | None = None,
+    balance: Balance = Balance.PICK_FIRST,
     reconnect: bool = True,
     wait_for_ready: bool = False,
     retry: Retry | None = Retry(),
     breaker: Breaker | None = None,
+    outliers: Outliers | None = Outliers(),
+    connect_timeout: float = CONNECT_TIMEOUT,
     timings: Timings = False,
     compression: Compression | None = None,
     token: TokenSource | None = None,
@@ -188,10 +191,14 @@ async def connected(
         limits: what the client accepts from the server.
         server_limits: what the server accepts from the client.
         link: what lies between the two, the client at its near end; None for nothing.
-        reconnect: see `connect`, as for the next three.
+        balance: like `outliers` of no matter with one server; here, as all but for sockets, so that
+            the options of `connect` can be given as they are.
+        reconnect: see `connect`.
         wait_for_ready: how calls wait.
         retry: which calls are made again.
         breaker: when calls aren't made.
+        outliers: the same, of several servers.
+        connect_timeout: see `connect`.
         timings: find out where the time of every call goes; see `Client.stub`.
         compression: how both compress what calls carry; see `connect`.
         token: who the client says it is; see `connect`.
@@ -219,12 +226,15 @@ async def connected(
                 connections,
                 clubbing,
                 limits,
-                reconnect=reconnect,
+                connect_timeout,
+                reconnect,
                 compression=algorithms_for(compression),
             ),
+            balance=balance,
             wait_for_ready=wait_for_ready,
             retry=retry,
             breaker=breaker,
+            outliers=outliers,
             timings=timings,
             token=token,
             interceptors=interceptors,

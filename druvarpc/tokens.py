@@ -37,7 +37,8 @@ class Token:
 
     Attributes:
         value: the token, at most 16,384 bytes.
-        expires_in: seconds, counted from when it was returned.
+        expires_in: seconds, counted from when it was returned, or given to `connect`: afterwards no
+            connection is made with it.
         metadata: what goes with it to the server's `authenticate`.
     """
 
@@ -73,6 +74,8 @@ class Tokens:
         self._source = source
         self._timeout = timeout
         self._failure: RpcError | None = None
+        self._refused: Token | None = None  # the last that the server is known to refuse
+        self._only = True  # there has been one at most
         self._fetched_at = self._failed_at = -math.inf
         self._refresh_at = math.inf
         self._expires_at = -math.inf
@@ -100,8 +103,27 @@ class Tokens:
         """Whether there may be another token."""
         return callable(self._source)
 
+    @property
+    def refused(self) -> bool:
+        """Whether the server is known to refuse the current token."""
+        now, refused = self.current, self._refused
+        return (
+            now is not None
+            and refused is not None
+            and (now.value, now.metadata) == (refused.value, refused.metadata)
+        )
+
+    def note_refusal(self, token: Token | None) -> None:
+        """Note that the server refuses a token; None for one of those that there have been."""
+        if token is None and self._only:
+            token = self.current
+        if token is self.current:
+            self._refused = token
+
     async def renew(self) -> None:
-        """Have a new token, since the server refuses the current one.
+        """Have a new token, since the server has refused one.
+
+        Whether it takes the one that is `current` then, `refused` tells as far as that is known.
 
         Raises:
             RpcError: none can be had.
@@ -110,7 +132,13 @@ class Tokens:
             await self._fetched()
 
     async def _fetched(self) -> None:
-        """Wait for a fetch."""
+        """Wait for a fetch.
+
+        Raises:
+            RpcError: it failed, or there is nothing to fetch another token from.
+        """
+        if not self.renewable:
+            raise RpcError(Status.UNAUTHENTICATED, "the token has expired", not_started=True)
         if trio.current_time() >= self._failed_at + _YOUNG:
             self._wanted.set()
             await self._waiting.park()
@@ -144,6 +172,7 @@ class Tokens:
 
     def _take(self, token: Token) -> None:
         now = trio.current_time()
+        self._only = self.current is None
         self.current = token
         self._failure = None
         self._pause = _FIRST_PAUSE

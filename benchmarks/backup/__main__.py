@@ -112,6 +112,12 @@ def around(rounds: int) -> dict[str, Any]:
         kept["versions"].append(" ".join(first.splitlines()[0].split()[:2]))
     kept["versions"].append(controls.iperf_version())
     kept["link"] = "netem" if has_netem() else "forwarder.c over TUN"
+    kept["files"] = subprocess.run(
+        ["stat", "--file-system", "--format=%T", tempfile.gettempdir()],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     return kept
 
 
@@ -122,7 +128,8 @@ def sentence(kept: dict[str, Any]) -> str:
     return (
         f"{around['date']}, {around['processor']}, {around['cores']} cores, {around['kernel']}, "
         f"{around['python']}; {', '.join(around['versions'])}{at}; {around['rounds']} rounds; "
-        f"load average at the start {around['load_average']:g}; links by {around['link']}. "
+        f"load average at the start {around['load_average']:g}; links by {around['link']}; "
+        f"all files on {around.get('files', 'a disk')}. "
         f"The tree: {tree['files']:,} files, {tree['size'] / 1e6:.0f} MB, of {tree['source']}."
     )
 

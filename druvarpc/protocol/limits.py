@@ -13,7 +13,8 @@ class Limits:
 
     The memory that a peer can make a connection hold is at most `connection_window` for messages
     that nobody reads, `memory` for growth and for large messages that are arriving, and
-    `max_calls` times `max_inline` plus `stream_window`.
+    `max_calls` times `max_inline` plus `stream_window`. Beside that, `max_message` for arguments
+    longer than `max_inline` of calls that wait for the server's `authenticate`.
 
     What waits to be sent to a peer that takes nothing is at most 16 MiB and one message a call.
 
@@ -27,8 +28,9 @@ class Limits:
         stream_window: bytes that a call may send before the first is consumed.
         connection_window: the same for all calls of a connection together.
         memory: bytes that windows may grow by and unfinished messages may take.
-        total_memory: the same for all connections of a server, or of a client, together; beyond it
-            each connection still gets one unfinished message.
+        total_memory: the same for all connections of a server, or of a client, together, and the
+            arguments that wait for `authenticate`; beyond it each connection still gets one
+            unfinished message.
         total_calls: handlers running at once, all connections of a server together; calls beyond it
             are refused, see docs/serving.md.
         handshake_timeout: seconds until the peer's settings have come.

@@ -71,7 +71,10 @@ class Access:
 def _secret(path: Path | None, variable: str) -> str | None:
     if path is None:
         return os.environ.get(variable) or None
-    lines = path.read_text().splitlines()
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BackupError(f"{path}: is not UTF-8") from error
     if not lines or not lines[0]:
         raise BackupError(f"{path}: is empty")
     return lines[0]

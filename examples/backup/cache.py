@@ -31,7 +31,7 @@ from blake3 import blake3
 from .crypt import Box
 from .errors import CacheDamaged, PageError
 from .pages import Page, decode
-from .tree import Entry, Found, order
+from .tree import MAX_TIME, Entry, Found, order
 
 MAGIC = b"drvcach2"
 ID_SIZE = 16
@@ -180,6 +180,10 @@ class LastSnapshot:
         """Returns the record of a page, to be written to the next cache."""
         return self._records[page][0]
 
+    def page(self, page: int) -> Page:
+        """Returns a page of the last snapshot."""
+        return self._records[page][1].page
+
     def entries(self, known: Known) -> list[Entry]:
         """Returns the entries of what is known in its page.
 
@@ -249,6 +253,7 @@ class NextCache:
             self._new = path.with_name(f"{path.name}.{os.getpid()}.new")
             with self._enduring():
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                _remove_leftovers(path.parent)
                 fd = os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
                 self._file = os.fdopen(fd, "wb")
                 self._file.write(MAGIC + bytes(ID_SIZE))
@@ -274,6 +279,8 @@ class NextCache:
         settled = max(status.st_ctime_ns, status.st_mtime_ns) < self._clock() - SETTLED
         # Nothing of a directory is read but this status.
         sure = settled or stat.S_ISDIR(status.st_mode)
+        if abs(status.st_mtime_ns) > MAX_TIME:
+            sure = False  # what the entry has is another time
         return Stat(found.path, 1, False, found.link, facts(status) if sure else ())
 
     def add(self, stats: list[Stat], page: Page) -> None:
@@ -312,3 +319,22 @@ class NextCache:
             with suppress(OSError):
                 self._new.unlink()
             self._file = None
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Removes the unfinished caches of processes that were killed."""
+    for path in directory.glob("*.new"):
+        pid = path.suffixes[-2][1:] if len(path.suffixes) > 1 else ""
+        # A number that another process has by now is left for another time.
+        if pid.isdecimal() and not _runs(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True

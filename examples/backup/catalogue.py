@@ -185,8 +185,8 @@ class Catalogue:
     def end_pack(self, number: int) -> None:
         with self._database.writing() as db:
             db.execute(
-                "DELETE FROM packs WHERE number = ?1"
-                " AND NOT EXISTS (SELECT 1 FROM chunks WHERE pack = ?1)",
+                "DELETE FROM packs WHERE number = ?"
+                " AND NOT EXISTS (SELECT 1 FROM chunks WHERE pack = number)",
                 (number,),
             )
 

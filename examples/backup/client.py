@@ -34,7 +34,7 @@ from .attempts import attempted, causes
 from .cache import LastSnapshot, NextCache
 from .chunks import AUTO, Chunk, Codec, Compression
 from .crypt import Keys, page_box
-from .errors import BackupError, CacheDamaged
+from .errors import BackupError, CacheDamaged, KeyRefused
 from .reader import Batch, Progress, Reader
 from .service import BackupStore, Piece
 from .snapshots import Snapshot
@@ -139,6 +139,7 @@ async def back_up(
 
     Raises:
         OSError: The root is no directory, or cannot be read.
+        KeyRefused: There are no keys, and the tenant's backups are encrypted. Nothing was sent.
         BackupError: The server's answers make no sense.
         RpcError: The server refused, failed or went away.
     """
@@ -188,6 +189,7 @@ class _Run:
         self._codec = Codec(options.compression, options.keys)
         self._free = trio.Semaphore(BATCHES)
         self._begun = trio.Event()
+        self._allowed = trio.Event()
         self.based = False
         self.unchanged = 0
         self.new_chunks = 0
@@ -226,10 +228,12 @@ class _Run:
             last,
             following,
             options.excluded,
+            name,
         )
         self._watch(reader.progress)
-        async with trio.open_nursery() as nursery:
+        async with batches, trio.open_nursery() as nursery:
             nursery.start_soon(self._read, reader, batches, offers)
+            nursery.start_soon(self._check_key)
             nursery.start_soon(self._ask, to_ask, missing)
             workers = os.cpu_count() or 1
             nursery.start_soon(in_order, self._encode, to_encode, encoded, workers)
@@ -238,14 +242,23 @@ class _Run:
         self.unchanged = reader.progress.unchanged
         return snapshot
 
+    async def _check_key(self) -> None:
+        """Lets what tells of the tree be sent, unless it would not be encrypted and has to be."""
+        # Asked together with the commit, whose first answer is waited for anyway.
+        if self._options.keys is None and await self._store.key():
+            raise KeyRefused("these backups are encrypted: give --passphrase-file")
+        self._allowed.set()
+
     async def _read(
         self,
         reader: Reader,
         batches: trio.MemorySendChannel[_Sending],
         offers: trio.MemorySendChannel[_Sending],
     ) -> None:
-        async with batches, offers:
+        # The end of the batches makes the snapshot: it must not come if the reader failed.
+        async with offers:
             await trio.to_thread.run_sync(reader.run)
+            await batches.aclose()
 
     async def _deliver(
         self,
@@ -282,6 +295,7 @@ class _Run:
 
         async def questions() -> AsyncIterator[list[bytes]]:
             await self._begun.wait()
+            await self._allowed.wait()
             async for sending in source:
                 asked.append(sending)
                 yield list(sending.batch.contents)
@@ -338,6 +352,7 @@ class _Run:
                         copied.clear()
                     copied.append(page)
                 else:
+                    await self._allowed.wait()
                     pieces.append(Piece(copied[0] if copied else 0, len(copied), page))
                     copied.clear()
             if pieces:

@@ -1,5 +1,6 @@
 """What is in a snapshot, and what differs between two: entries side by side."""
 
+import os
 import stat
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -10,7 +11,8 @@ import druvarpc
 
 from .chunks import chunk_id
 from .crypt import Box
-from .pages import decode
+from .errors import display
+from .manifest import Contents
 from .service import BackupStore
 from .tree import Entry, Kind, order
 
@@ -49,14 +51,15 @@ async def items(
     """Yields what is in a snapshot, one page of it in memory; of a file, one item.
 
     Raises:
-        BackupError: A page is damaged, or encrypted with another key.
+        BackupError: A page is damaged, missing, or encrypted with another key.
         RpcError: There is no such snapshot; or the server failed or went away.
     """
     # Of a very large file the ids are hashed as they come, so that memory holds one part.
     digest, begun = b"", False
+    contents = Contents(snapshot, box)
     async with aclosing(client.stub(BackupStore).pages(snapshot)) as pages:
         async for page in pages:
-            for entry in decode(page.data, page.chunks, box):
+            for entry in contents.decode(page):
                 if entry.complete and not begun:
                     yield Item(entry, entry.chunks)
                     continue
@@ -65,6 +68,7 @@ async def items(
                 if not begun:
                     yield Item(entry, (digest,))
                     digest = b""
+    contents.end()
 
 
 async def differences(
@@ -126,6 +130,13 @@ _TYPES = {
 def listed(entry: Entry) -> str:
     """Returns an entry as `ls -l` shows it, without its path."""
     mode = stat.filemode(_TYPES[entry.kind] | entry.mode)
-    owner = f"{entry.user or entry.uid} {entry.group or entry.gid}"
-    made = datetime.fromtimestamp(entry.mtime_ns // 1_000_000_000).astimezone()
-    return f"{mode} {owner:<16} {entry.size:>14,} {made:%Y-%m-%d %H:%M:%S}"
+    # Names come from a server, and must not do anything to a terminal.
+    names = (os.fsencode(name) for name in (entry.user, entry.group))
+    user, group = map(display, names)
+    owner = f"{user or entry.uid} {group or entry.gid}"
+    seconds = entry.mtime_ns // 1_000_000_000
+    try:
+        time = f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):
+        time = f"@{seconds}"  # in a year that has not four digits
+    return f"{mode} {owner:<16} {entry.size:>14,} {time:<19}"

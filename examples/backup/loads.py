@@ -15,6 +15,7 @@ from weakref import WeakSet
 from .chunks import LIMIT
 from .errors import InvalidEntry
 from .output import Output
+from .service import MAX_IDS
 from .target import Target
 from .tree import HOLE, Entry
 
@@ -27,6 +28,9 @@ LOAD_ENTRIES = 1000
 # Content that is kept, in bytes, to be written again where it occurs again nearby: in a tree of
 # Python's, of 57 MB that occur again, 54 do so within this distance.
 KEPT = 32 * 1024 * 1024
+
+# What remembering a chunk takes besides its content, in bytes: a server may send very small ones.
+REMEMBERING = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +65,30 @@ class Spread:
         self._output: Output | None = None
         self._last: Entry | None = None
         self._written = 0
+        self._failed = False
 
     def end(self, last: Entry) -> None:
         """Takes the file's last part, before the last slice is written."""
         self._last = last
 
-    def output(self, target: Target) -> Output:
-        """Returns the file, made by whoever comes first."""
+    def output(self, target: Target) -> Output | None:
+        """Returns the file, made by whoever comes first; None if it failed: it is told once.
+
+        Raises:
+            RestoreError: It cannot be made.
+        """
         with self._lock:
+            if self._failed:
+                return None
             if self._output is None:
+                self._failed = True
                 self._output = target.open(self.entry)
+                self._failed = False
             return self._output
+
+    def fail(self) -> None:
+        """Lets the slices that are left be skipped."""
+        self._failed = True
 
     def written(self, size: int) -> Entry | None:
         """Counts what was written; finishes the file and returns its entry if that was all."""
@@ -108,6 +125,11 @@ class Load:
     size: int = 0
     contents: dict[bytes, bytes] = field(default_factory=dict)
 
+    def is_full(self, size: int) -> bool:
+        """Whether a chunk of this size is too much: of bytes, or of chunks for one call."""
+        too_large = self.size > 0 and self.size + size > FETCH_SIZE
+        return too_large or len(self.wanted) + len(self.borrowed) >= MAX_IDS
+
     def content(self, id: bytes) -> bytes:
         """Returns the content of a chunk that is needed here."""
         found = self.contents.get(id)
@@ -138,7 +160,7 @@ class Planner:
             if id != HOLE:
                 if size > LIMIT:
                     raise InvalidEntry(entry.path, f"a chunk of more than {LIMIT} bytes")
-                if self._load.size + size > FETCH_SIZE and self._load.size:
+                if self._load.is_full(size):
                     if index > start:
                         self._spread = self._spread or self._new_spread(entry)
                         self._slice(entry, start, index, begin)
@@ -173,7 +195,7 @@ class Planner:
         known = self._kept.get(id)
         if known is None:
             self._kept[id] = size, self._load
-            self._kept_size += size
+            self._kept_size += size + REMEMBERING
             self._load.wanted[id] = size
             self._load.size += size
         elif known[0] != size:
@@ -185,5 +207,5 @@ class Planner:
         load, self._load = self._load, Load()
         while self._kept_size > KEPT:
             _, (size, _) = self._kept.popitem(last=False)
-            self._kept_size -= size
+            self._kept_size -= size + REMEMBERING
         return load

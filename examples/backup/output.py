@@ -14,6 +14,7 @@ from .tree import Entry, Skipped
 
 _SPECIAL = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 _CAPABILITY = b"security.capability"
+_OURS = (b"user.", b"trusted.", b"system.posix_acl_", _CAPABILITY)
 
 Report = Callable[[Skipped], None]
 
@@ -123,6 +124,24 @@ class Output:
             self._end = max(self._end, offset + size)
 
 
+def has_attributes(file: int, entry: Entry, rules: Rules) -> bool:
+    """Whether `set_attributes` would change nothing but times.
+
+    Raises:
+        OSError: The file cannot be asked.
+    """
+    found = os.fstat(file)
+    if rules.owner and (found.st_uid, found.st_gid) != rules.owner_of(entry):
+        return False
+    here = _xattrs(file)
+    wanted = {name: value for name, value in entry.xattrs if _may_set(name, rules)}
+    if not wanted.keys() <= here or _removable(here) - wanted.keys():
+        return False
+    if any(os.getxattr(file, name) != value for name, value in wanted.items()):
+        return False
+    return stat.S_IMODE(found.st_mode) == _mode(entry, rules)
+
+
 def set_attributes(file: int | str, entry: Entry, rules: Rules, report: Report) -> None:
     """Sets owner, extended attributes, mode and times; reports what may not be set.
 
@@ -136,33 +155,70 @@ def set_attributes(file: int | str, entry: Entry, rules: Rules, report: Report) 
         OSError: A mode or a time cannot be set.
         OverflowError: The system has no such values.
     """
-    # The owner first: changing it clears setuid and capabilities.
-    if rules.owner and (owner := rules.owner_of(entry)) != (os.geteuid(), os.getegid()):
-        try:
-            os.chown(file, *owner)
-        except OSError as error:
-            report(Skipped(entry.path, f"its owner: {error.strerror}"))
-    for name, value in entry.xattrs:
-        _set_xattr(file, entry, name, value, rules, report)
-    mode = entry.mode & 0o7777
-    if mode & _SPECIAL and not rules.special:
-        mode &= ~_SPECIAL
+    # The owner first: changing it clears setuid and capabilities. What is here belongs to who
+    # restores, or else in a directory with the setgid bit, or if it was here before.
+    if rules.owner:
+        found, owner = os.stat(file), rules.owner_of(entry)
+        if (found.st_uid, found.st_gid) != owner:
+            try:
+                os.chown(file, *owner)
+            except OSError as error:
+                report(Skipped(entry.path, f"its owner: {error.strerror}"))
+    set_xattrs(file, entry, rules, report)
+    mode = _mode(entry, rules)
+    if mode != entry.mode & 0o7777:
         report(Skipped(entry.path, "setuid, setgid and sticky bits are restored only if asked for"))
     os.chmod(file, mode)
     os.utime(file, ns=(entry.mtime_ns, entry.mtime_ns))
 
 
-def _set_xattr(
-    file: int | str, entry: Entry, name: bytes, value: bytes, rules: Rules, report: Report
+def set_xattrs(
+    file: int | str | bytes, entry: Entry, rules: Rules, report: Report, *, follow: bool = True
 ) -> None:
-    if name == _CAPABILITY and not rules.special:
-        report(Skipped(entry.path, "capabilities are restored only if asked for"))
-        return
+    """Sets the extended attributes, and removes others; reports what may not be set.
+
+    Args:
+        file: A descriptor, or a path.
+        entry: What to set.
+        rules: What may be set.
+        report: Told of what was not.
+        follow: Whether a symbolic link at the path is followed.
+    """
+    for name in _removable(_xattrs(file, follow=follow)) - {name for name, _ in entry.xattrs}:
+        try:
+            os.removexattr(file, name, follow_symlinks=follow)
+        except OSError as error:
+            text = os.fsdecode(name)
+            report(Skipped(entry.path, f"its attribute {text}, not removed: {error.strerror}"))
+    for name, value in entry.xattrs:
+        if not _may_set(name, rules):
+            report(Skipped(entry.path, "capabilities are restored only if asked for"))
+            continue
+        try:
+            os.setxattr(file, name, value, follow_symlinks=follow)
+        except OSError as error:
+            text = os.fsdecode(name)
+            report(Skipped(entry.path, f"its attribute {text}: {error.strerror}"))
+
+
+def _mode(entry: Entry, rules: Rules) -> int:
+    return entry.mode & (0o7777 if rules.special else 0o7777 & ~_SPECIAL)
+
+
+def _may_set(name: bytes, rules: Rules) -> bool:
+    return name != _CAPABILITY or rules.special
+
+
+def _xattrs(file: int | str | bytes, *, follow: bool = True) -> set[bytes]:
     try:
-        os.setxattr(file, name, value)
-    except OSError as error:
-        text = os.fsdecode(name)
-        report(Skipped(entry.path, f"its attribute {text}: {error.strerror}"))
+        return set(map(os.fsencode, os.listxattr(file, follow_symlinks=follow)))
+    except OSError:
+        return set()  # none here
+
+
+def _removable(names: set[bytes]) -> set[bytes]:
+    """Returns those that a backup would have had; others are the system's, as SELinux's labels."""
+    return {name for name in names if name.startswith(_OURS)}
 
 
 @lru_cache(maxsize=4096)

@@ -33,6 +33,9 @@ LIMIT = 1024 * 1024
 
 _COMPRESSED, _SEALED = b"\1", b"\2"
 
+# What begins the page that ends an encrypted snapshot: see `manifest`.
+MANIFEST = b"\3"
+
 
 class _Row(NamedTuple):
     """An entry, without its chunks' ids."""
@@ -94,7 +97,12 @@ class Page(NamedTuple):
     @property
     def sealed(self) -> bool:
         """Whether it says that it is encrypted."""
-        return self.data[:1] == _SEALED
+        return self.data[:1] in (_SEALED, MANIFEST)
+
+    @property
+    def ends_snapshot(self) -> bool:
+        """Whether it says that it is a manifest: see `manifest`."""
+        return self.data[:1] == MANIFEST
 
 
 def weight(entry: Entry) -> int:
@@ -140,6 +148,8 @@ def decode(data: bytes, chunks: bytes, box: Box | None = None) -> list[Entry]:
     Raises:
         PageError: It is no page, damaged, or sealed with another key.
     """
+    if len(chunks) > LIMIT:
+        raise PageError("a page of too many chunks")
     tag, payload = data[:1], data[1:]
     if tag == _SEALED:
         if box is None:

@@ -112,7 +112,8 @@ class Plan:
             if self._selection.takes(entry.path):
                 loads.extend(self._take(entry))
             elif entry.kind is Kind.DIRECTORY and self._selection.leads(entry.path):
-                self._target.add(entry)
+                with self._target.going_on():
+                    self._target.add(entry)
         return loads
 
     def end(self) -> bool:
@@ -136,8 +137,9 @@ class Plan:
                 path = links[0].path
                 loads.extend(self._planner.add(entry._replace(path=path)))
                 for other in links[1:] if entry.complete else ():
-                    self._target.add(other._replace(link=path))
-                    self.progress.count(other)
+                    with self._target.going_on():
+                        self._target.add(other._replace(link=path))
+                        self.progress.count(other)
         return loads
 
     def finish(self) -> Load:
@@ -150,11 +152,13 @@ class Plan:
 
     def _take(self, entry: Entry) -> Iterator[Load]:
         if entry.kind is not Kind.FILE:
-            self._target.add(entry)
+            with self._target.going_on():
+                self._target.add(entry)
         elif entry.link:
             if self._selection.takes(entry.link):
-                self._target.add(entry)
-                self.progress.count(entry)
+                with self._target.going_on():
+                    self._target.add(entry)
+                    self.progress.count(entry)
             else:
                 self._orphans.setdefault(entry.link, []).append(entry)
         else:
@@ -176,7 +180,8 @@ class Plan:
             else:
                 same = os.fstat(fd).st_mtime_ns == entry.mtime_ns
             if same:
-                self._target.refresh(fd, entry)
+                with self._target.going_on():
+                    return self._target.refresh(fd, entry)
             return same
 
     def _is_equal(self, fd: int, entry: Entry) -> bool:
@@ -199,10 +204,12 @@ def write(load: Load, target: Target, progress: Restoring, lock: threading.Lock)
     """Writes a load. Several may be written at a time.
 
     Raises:
-        RestoreError: A file cannot be restored.
+        RestoreError: A file cannot be restored, nor could others: see `Target.going_on`.
     """
     for part in load.slices:
-        done = _write_slice(load, part, target)
+        done = None
+        with target.going_on():
+            done = _write_slice(load, part, target)
         if done is not None:
             with lock:
                 progress.count(done)
@@ -211,6 +218,8 @@ def write(load: Load, target: Target, progress: Restoring, lock: threading.Lock)
 def _write_slice(load: Load, part: Slice, target: Target) -> Entry | None:
     entry, spread = part.entry, part.spread
     output = spread.output(target) if spread else target.open(entry)
+    if output is None:
+        return None
     try:
         offset = part.offset
         for index in range(part.start, part.stop):
@@ -224,6 +233,10 @@ def _write_slice(load: Load, part: Slice, target: Target) -> Entry | None:
             return spread.written(offset - part.offset)
         output.finish()
         return entry
+    except RestoreError:
+        if spread:
+            spread.fail()
+        raise
     finally:
         if not spread:
             output.close()

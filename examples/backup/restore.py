@@ -27,6 +27,7 @@ from .chunks import Chunk, Codec
 from .crypt import Keys, page_box
 from .errors import ChunkError
 from .loads import Load
+from .manifest import Contents
 from .output import Rules
 from .pages import Page, decode
 from .plan import Plan, Restoring, Selection, write
@@ -178,13 +179,15 @@ class _Run:
                 nursery.start_soon(self._fetch, to_fetch, work)
                 send = partial(self._send, wanted, work)
                 async with wanted:
-                    await self._plan(plan, first, pages, send)
+                    contents = Contents(snapshot, self._box)
+                    await self._plan(plan, contents, first, pages, send)
             await trio.to_thread.run_sync(target.finish)
         return plan.progress
 
     async def _plan(
         self,
         plan: Plan,
+        contents: Contents,
         first: Page | None,
         pages: AsyncIterator[Page],
         send: Callable[[Load], Awaitable[None]],
@@ -194,23 +197,28 @@ class _Run:
         with seen:
             page = first
             while page is not None:
-                if self._options.paths:
+                if self._options.paths and not page.ends_snapshot:
                     await trio.to_thread.run_sync(seen.append, page)
-                for load in await self._in_thread(plan.add, page):
+                for load in await self._in_thread(plan.add, contents.decode, page):
                     await send(load)
                 page = await anext(pages, None)
+            contents.end()
             if plan.end():
                 for page in seen:
-                    for load in await self._in_thread(plan.adopt, page):
+                    for load in await self._in_thread(plan.adopt, self._decode_page, page):
                         await send(load)
         await send(plan.finish())
 
+    def _decode_page(self, page: Page) -> list[Entry]:
+        return decode(page.data, page.chunks, self._box)
+
     async def _in_thread(
-        self, act: Callable[[Sequence[Entry]], list[Load]], page: Page
+        self,
+        act: Callable[[Sequence[Entry]], list[Load]],
+        decode: Callable[[Page], list[Entry]],
+        page: Page,
     ) -> list[Load]:
-        return await trio.to_thread.run_sync(
-            lambda: act(decode(page.data, page.chunks, self._box)), limiter=self._threads
-        )
+        return await trio.to_thread.run_sync(lambda: act(decode(page)), limiter=self._threads)
 
     async def _send(
         self,

@@ -9,9 +9,11 @@ waits for the end is in a temporary file, not in memory.
 What could not be restored as it was, but does not make the rest worthless, is *reported*: owners
 that may not be set, attributes that the file system does not take, and what has to be asked for,
 since the snapshot's author should not get to say which programs run with the restoring user's
-rights: setuid, setgid and sticky bits, capabilities, and device nodes.
+rights: setuid, setgid and sticky bits, capabilities, and device nodes. So is an entry that cannot
+be made, for instance since a directory that is not empty has its place.
 """
 
+import errno
 import os
 import stat
 import threading
@@ -22,7 +24,7 @@ from types import TracebackType
 from typing import Self
 
 from .errors import RestoreError, UnsafePath
-from .output import Output, Rules, set_attributes
+from .output import Output, Rules, has_attributes, set_attributes, set_xattrs
 from .spool import Spool
 from .tree import DEVICES, Entry, Kind, Skipped
 
@@ -33,6 +35,12 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # Without O_NONBLOCK, a FIFO that has taken a file's place would be waited for.
 _OLD_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+# What would hit the entries that follow as well.
+_ENDS_ALL = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EBADF),
+}
 
 # Directories that each thread keeps open: the next entries most likely go to one of them.
 OPEN_PARENTS = 16
@@ -98,6 +106,21 @@ class Target:
     ) -> None:
         self.close()
 
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Reports an entry that cannot be restored, and lets the rest go on.
+
+        Raises:
+            RestoreError: The snapshot contradicts itself, or the rest could not be restored either.
+        """
+        try:
+            yield
+        except RestoreError as error:
+            cause = error.__cause__
+            if cause is None or (isinstance(cause, OSError) and cause.errno in _ENDS_ALL):
+                raise
+            self._report(Skipped(error.path, error.reason))
+
     def add(self, entry: Entry) -> None:
         """Makes a directory, a FIFO or a device; or remembers a link, symbolic or hard.
 
@@ -160,34 +183,38 @@ class Target:
             if fd is not None:
                 os.close(fd)
 
-    def refresh(self, fd: int, entry: Entry) -> None:
-        """Sets the attributes of a file whose content is as it should be.
+    def refresh(self, fd: int, entry: Entry) -> bool:
+        """Sets the attributes of a file whose content is as it should be, if it may.
+
+        Returns whether it may: not if they are others, and the file has other names, which may lie
+        outside. Then it has to be written anew.
 
         Raises:
             RestoreError: One cannot be set.
         """
         with naming(entry.path):
-            found = os.fstat(fd)
-            # Its other names are nobody's business: they may lie outside.
-            if found.st_nlink == 1:
-                set_attributes(fd, entry, self._rules, self._report)
+            if os.fstat(fd).st_nlink > 1:
+                same = has_attributes(fd, entry, self._rules)
+                return same and os.fstat(fd).st_mtime_ns == entry.mtime_ns
+            set_attributes(fd, entry, self._rules, self._report)
+            return True
 
     def finish(self) -> None:
         """Makes the links, then sets the attributes of directories.
 
-        To be called once, after all files are finished.
+        To be called once, after all files are finished. What fails is reported: see `going_on`.
 
         Raises:
-            RestoreError: One of them failed. Those after it are left undone.
+            RestoreError: One of them failed, and those after it would too.
         """
         for entry in self._links:
             names = components(entry.path)
-            with naming(entry.path):
+            with self.going_on(), naming(entry.path):
                 self._link(entry, names[-1], self._parent(names))
         # Children first: a parent's mode may shut the way to them.
         for entry in reversed(self._directories):
             names = components(entry.path)
-            with naming(entry.path):
+            with self.going_on(), naming(entry.path):
                 fd = os.open(names[-1] if names else b".", _DIRECTORY, dir_fd=self._parent(names))
                 try:
                     set_attributes(fd, entry, self._rules, self._report)
@@ -247,7 +274,7 @@ class Target:
             fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
             try:
                 if stat.S_IFMT(os.fstat(fd).st_mode) != mode:
-                    raise RestoreError(entry.path, "replaced by something else meanwhile")
+                    raise ValueError("replaced by something else meanwhile")
                 set_attributes(f"/proc/self/fd/{fd}", entry, self._rules, self._report)
             finally:
                 os.close(fd)
@@ -268,13 +295,17 @@ class Target:
                 os.close(source)
             found = os.stat(name, dir_fd=parent, follow_symlinks=False)
             if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
-                raise RestoreError(entry.path, "a link of something else")
+                raise ValueError("a link of something else")
             return
         self._replacing(name, parent, lambda: os.symlink(entry.target, name, dir_fd=parent))
         times = (entry.mtime_ns, entry.mtime_ns)
         if self._rules.owner:
-            with suppress(PermissionError):
+            try:
                 os.chown(name, *self._rules.owner_of(entry), dir_fd=parent, follow_symlinks=False)
+            except PermissionError as error:
+                self._report(Skipped(entry.path, f"its owner: {error.strerror}"))
+        path = b"/proc/self/fd/%d/%s" % (parent, name)
+        set_xattrs(path, entry, self._rules, self._report, follow=False)
         os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
 
     def _replacing(self, name: bytes, parent: int, make: Callable[[], None]) -> None:

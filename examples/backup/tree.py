@@ -33,6 +33,11 @@ HOLE = bytes(32)
 MAX_XATTRS = 128 * 1024
 
 
+# The latest time that an entry can have, and, negative, the earliest: the years 2262 and 1677, in
+# nanoseconds since 1970. Some file systems know others.
+MAX_TIME = (1 << 63) - 1
+
+
 class Kind(IntEnum):
     """What an entry is. The numbers are stored in snapshots."""
 
@@ -168,7 +173,9 @@ class Found(NamedTuple):
 
 
 def scan(
-    root: bytes, excluded: Callable[[bytes, bool], bool] | None = None
+    root: bytes,
+    excluded: Callable[[bytes, bool], bool] | None = None,
+    links: "Links | None" = None,
 ) -> Iterator[Found | Skipped]:
     """Yields what is in a directory, in the order of entries.
 
@@ -179,11 +186,12 @@ def scan(
     Args:
         root: The directory's path.
         excluded: Told a path and whether it is a directory; says if it is left out, with all in it.
+        links: Told by the caller of files that others must not be links of.
 
     Raises:
         OSError: The root is no directory, or cannot be read.
     """
-    links = _Links()
+    links = links or Links()
     pending = [_names(root, b"")]
     yield Found(b"", os.stat(root))
     while pending:
@@ -214,19 +222,38 @@ def scan(
             yield Skipped(path, "a socket" if stat.S_ISSOCK(mode) else "an unknown kind of file")
 
 
-class _Links:
-    """Which files were found before under other names."""
+class _First(NamedTuple):
+    """A file that was found, and has more names."""
+
+    path: bytes
+    others: int
+    size: int
+    mtime_ns: int
+
+
+class Links:
+    """Which files were found before under other names, and are as they were then."""
 
     def __init__(self) -> None:
-        # By device and inode: the first path, and how many more names there are.
-        self._found: dict[tuple[int, int], tuple[bytes, int]] = {}
+        # By device and inode.
+        self._found: dict[tuple[int, int], _First] = {}
 
     def first(self, path: bytes, status: os.stat_result) -> bytes:
+        """Returns the path of the file that this one is a hard link of; empty if there is none."""
+        key, now = (status.st_dev, status.st_ino), (status.st_size, status.st_mtime_ns)
+        first = self._found.pop(key, None) or _First(b"", status.st_nlink, 0, 0)
+        # What has changed since is a file of its own, which further names may be links of.
+        same = first.path and (first.size, first.mtime_ns) == now
+        if first.others > 1:
+            named = first.path if same else path
+            self._found[key] = _First(named, first.others - 1, *now)
+        return first.path if same else b""
+
+    def withdraw(self, status: os.stat_result) -> None:
+        """Takes back a file that was found: what was read of it is not what it was, if any."""
         key = status.st_dev, status.st_ino
-        first, others = self._found.pop(key, (b"", status.st_nlink))
-        if others > 1:
-            self._found[key] = first or path, others - 1
-        return first
+        if key in self._found:
+            self._found[key] = self._found[key]._replace(path=b"")
 
 
 def describe(root: bytes, found: Found) -> Entry:
@@ -345,7 +372,10 @@ def _entry(
     device = status.st_rdev if kind in DEVICES else 0
     # By position: this is made for every file, and keywords would take twice as long.
     owner = (uid, gid, user_name(uid), group_name(gid))
-    what = (path, kind, mode & 0o7777, status.st_mtime_ns, size, target)
+    time = status.st_mtime_ns
+    if not -MAX_TIME <= time <= MAX_TIME:
+        time = MAX_TIME if time > 0 else -MAX_TIME
+    what = (path, kind, mode & 0o7777, time, size, target)
     return Entry._make((*what, 0, (), (), *owner, link, xattrs, device))
 
 

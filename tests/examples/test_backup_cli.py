@@ -302,6 +302,7 @@ def test_encrypted(tmp_path, source):
         succeed("restore", "mine", tmp_path / "restored", *here, *key)
         plain = run("backup", source, *here, "--name", "other")
         assert (plain.status, len(plain.errors)) == (1, 1)
+        assert "--passphrase-file" in plain.stderr
         (pack,) = (tmp_path / "store/packs").iterdir()
         content = pack.read_bytes()
         middle = len(content) // 2
@@ -362,6 +363,7 @@ def test_a_failure_is_one_line(tmp_path, source):
         (1, "No such file", [*BACKUP, "--exclude-from", "/missing"]),
         (1, "No such file", [*BACKUP, "--passphrase-file", "/missing"]),
         (1, "is empty", [*BACKUP, "--passphrase-file", "PLACE/empty"]),
+        (1, "is not UTF-8", [*BACKUP, "--passphrase-file", "PLACE/binary"]),
         (1, "to encrypt takes", [*BACKUP, "--encrypt"]),
         (2, "either snapshots or a rule", ["forget", "--server", "URL"]),
         (2, "go with a rule", ["forget", "x", "--dry-run", "--server", "URL"]),
@@ -370,7 +372,8 @@ def test_a_failure_is_one_line(tmp_path, source):
 )
 def test_a_command_line_that_cannot_be_is_one_line_too(tmp_path, status, text, arguments):
     (tmp_path / "empty").touch()
-    # In this process: 13 interpreters would take a while to start.
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    # In this process: 14 interpreters would take a while to start.
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
         filled = [a.replace("PLACE", str(tmp_path)).replace("URL", url) for a in arguments]

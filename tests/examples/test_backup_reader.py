@@ -3,16 +3,19 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from itertools import count, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from examples.backup import pages
+from examples.backup import pages, tree
 from examples.backup.cache import LastSnapshot, NextCache
 from examples.backup.chunks import Codec
 from examples.backup.reader import BATCH_PAGES, BATCH_SIZE, Batch, Reader
-from examples.backup.tree import Entry, Skipped, check_last, check_next
+from examples.backup.service import MAX_IDS
+from examples.backup.tree import MAX_TIME, Entry, Skipped, check_last, check_next
 
 
 def read(root: Path, deliver: Callable[[Batch], None]) -> list[Batch]:
@@ -117,6 +120,61 @@ def as_nobody() -> Iterator[None]:
         os.seteuid(0)
 
 
+def before_it_is_opened(
+    patching: pytest.MonkeyPatch, path: bytes, act: Callable[[], object]
+) -> None:
+    opened = tree.opened
+
+    def acting(root: bytes, found: bytes) -> AbstractContextManager[object]:
+        if found == path:
+            act()
+        return opened(root, found)
+
+    patching.setattr(tree, "opened", acting)
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    root = tmp_path / "linked"
+    root.mkdir()
+    (root / "a").write_bytes(b"content")
+    for name in "cd":
+        os.link(root / "a", root / name)
+    (root / "b").write_bytes(b"another")
+    return root
+
+
+def links(batches: list[Batch]) -> dict[bytes, tuple[int, bytes]]:
+    return {entry.path: (entry.size, entry.link) for entry in entries(batches)[1:]}
+
+
+def test_a_file_that_grew_is_no_link_of_what_it_was(linked, monkeypatch):
+    def grow() -> None:
+        with (linked / "a").open("ab") as file:
+            file.write(b"more")
+
+    before_it_is_opened(monkeypatch, b"b", grow)
+    batches = read(linked, lambda _: None)
+    assert links(batches) == {b"a": (7, b""), b"b": (7, b""), b"c": (11, b""), b"d": (11, b"c")}
+
+
+def test_of_a_file_whose_first_name_vanished_the_next_one_has_the_content(linked, monkeypatch):
+    before_it_is_opened(monkeypatch, b"a", (linked / "a").unlink)
+    batches = read(linked, lambda _: None)
+    assert skipped(batches) == [Skipped(b"a", "No such file or directory")]
+    assert links(batches) == {b"b": (7, b""), b"c": (7, b""), b"d": (7, b"c")}
+
+
+def test_names_are_no_links_of_what_took_the_first_ones_place(linked, monkeypatch):
+    def replace() -> None:
+        (linked.parent / "new").write_bytes(b"new")
+        (linked.parent / "new").rename(linked / "a")
+
+    before_it_is_opened(monkeypatch, b"a", replace)
+    batches = read(linked, lambda _: None)
+    assert links(batches) == {b"a": (3, b""), b"b": (7, b""), b"c": (7, b""), b"d": (7, b"c")}
+
+
 def test_what_may_not_be_read_is_reported_and_the_rest_goes_on(tmp_path):
     root = tmp_path / "root"
     (root / "shut").mkdir(parents=True)
@@ -148,6 +206,41 @@ def test_many_small_files_are_delivered_before_they_are_all_read(tmp_path):
     assert len(entries(batches)) == 5001
     assert all(len(batch.pages) <= BATCH_PAGES for batch in batches)
     assert len(batches) > 5
+
+
+def test_no_batch_has_more_chunks_than_one_question_may(tmp_path):
+    # Names that end no page, so that a batch has as many entries as it can.
+    names = (name for number in count() if not pages.is_last(name := b"%d" % number))
+    for name in islice(names, MAX_IDS + 10):
+        (tmp_path / os.fsdecode(name)).write_bytes(name)
+    batches = read(tmp_path, lambda _: None)
+    assert max(len(batch.contents) for batch in batches) == MAX_IDS
+    assert len(entries(batches)) == MAX_IDS + 11
+
+
+@pytest.fixture
+def any_time() -> Iterator[Path]:
+    """A directory on a file system that takes any time."""
+    try:
+        with TemporaryDirectory(dir="/dev/shm") as place:
+            os.utime(place, ns=(0, 2**38 * 10**9))
+            if os.stat(place).st_mtime_ns != 2**38 * 10**9:
+                pytest.skip("times are cut here")
+            yield Path(place)
+    except OSError as error:
+        pytest.skip(f"no /dev/shm: {error.strerror}")
+
+
+def test_times_that_no_entry_can_have_are_reported_and_the_nearest_one_kept(any_time):
+    for name in ("a", "b"):
+        (any_time / name).write_text("content")
+    (any_time / "d").mkdir()
+    for name, seconds in {"": 2**38, "a": -(2**38), "b": 2**33, "d": 2**38}.items():
+        os.utime(any_time / name, ns=(0, seconds * 10**9))
+    batches = read(any_time, lambda _: None)
+    assert [item.path for item in skipped(batches)] == [b"", b"a", b"d"]
+    found = {entry.path: entry.mtime_ns for entry in entries(batches)}
+    assert found == {b"": MAX_TIME, b"a": -MAX_TIME, b"b": 2**33 * 10**9, b"d": MAX_TIME}
 
 
 def test_memory_is_bounded_by_whoever_takes_the_batches(root):

@@ -1,8 +1,10 @@
 """Any tree, backed up and restored: as it was, and as it became, with and without a cache."""
 
+import errno
 import os
+import subprocess
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 import druvarpc
 from druvarpc.testing import connected
 from examples.backup import cache as caches
+from examples.backup import chunks, reader
 from examples.backup.chunks import MAX_SIZE
 from examples.backup.client import Backup, Options, back_up
 from examples.backup.crypt import Keys
@@ -143,7 +146,8 @@ async def test_of_an_unchanged_tree_nothing_is_read_and_almost_nothing_sent(plac
         again = await place.back_up(client)
         after = client.statistics()
         assert again.unchanged == again.snapshot.files == 1501
-        assert after.calls_started - before.calls_started == 1
+        # Together: whether there is a key, and the commit.
+        assert after.calls_started - before.calls_started == 2
         assert after.bytes_sent - before.bytes_sent < 300
         assert again.new_chunks == 0
 
@@ -172,6 +176,31 @@ async def test_a_file_that_was_just_written_is_read_again(place):
         assert 0 < again.unchanged < 1501
         assert status == latest.stat()
         assert again.new_chunks == 0
+
+
+@pytest.mark.parametrize("good", [1, 40])
+async def test_a_file_that_could_not_be_read_to_its_end_is_read_again(place, monkeypatch, good):
+    # With many small chunks, its first parts are in pages of their own by then.
+    large = place.source / "large"
+    with large.open("wb") as file:
+        for number in range(8 * PART_CHUNKS):
+            file.seek(number * 8192)
+            file.write(number.to_bytes(4, "big"))
+    blocks = large.stat().st_blocks
+    cut, bad = chunks.split, iter([False] * (good * 200) + [True])
+
+    def failing(fd: int, size: int) -> Iterator[bytes | memoryview]:
+        if os.fstat(fd).st_blocks == blocks and next(bad, False):
+            raise OSError(errno.EIO, "Input/output error")
+        yield from cut(fd, size)
+
+    async with served(place.path / "store") as client:
+        with monkeypatch.context() as patching:
+            patching.setattr(reader, "split", failing)
+            assert (await place.back_up(client)).skipped == 1
+        assert (await place.back_up(client)).unchanged == 1500
+        assert await place.restored(client) == described(place.source)
+        assert (await place.back_up(client)).unchanged == 1501
 
 
 @pytest.mark.parametrize("damage", ["none", "a bit", "half", "empty", "another"])
@@ -203,6 +232,17 @@ async def test_a_cache_that_cannot_be_written_is_told_and_done_without(place):
         did = await back_up(client, os.fsencode(place.source), "name", options, told.append)
     assert (did.snapshot.files, did.skipped) == (1501, 0)
     assert str(told[-1]).count("the cache cannot be written") == 1
+
+
+def test_what_killed_processes_left_of_their_caches_is_removed(tmp_path):
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    names = {f"a.cache.{dead.pid}.new", "a.cache", "b.cache.new", f"b.cache.{os.getppid()}.new"}
+    for name in names:
+        (tmp_path / name).touch()
+    with caches.NextCache(tmp_path / "b.cache"):
+        left = set(os.listdir(tmp_path))
+    assert left == names - {f"a.cache.{dead.pid}.new"} | {f"b.cache.{os.getpid()}.new"}
 
 
 async def test_a_base_that_was_forgotten_is_done_without(place):

@@ -1,20 +1,30 @@
 # mypy: disable-error-code="empty-body"
 """Several servers: which of them calls go to, and which are left alone."""
 
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    suppress,
+)
 from functools import partial
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 import druvarpc
 from druvarpc import Balance, Breaker, CircuitOpen, Outliers, Retry, RpcError, Status
 from druvarpc.client import Client, connect_to
 from druvarpc.dialing import Target, Terms
+from druvarpc.transports import Transport, memory_transports
 from tests.io.networks import Network, refuse
+from tests.io.peers import CancelAt
 from tests.io.services import served
 
 now = trio.current_time
@@ -94,6 +104,7 @@ async def test_the_first_that_answers_gets_all(autojump_clock, sites):
     there = sites("abc")
     there.networks[0].answer = refuse
     async with there.connect() as client:
+        assert now() == 0
         assert await names(client, 10) == {"b": 10}
         assert [len(network.dials) for network in there.networks] == [1, 1, 0]
 
@@ -112,12 +123,149 @@ async def test_when_it_is_lost_the_next_takes_over(autojump_clock, sites):
         assert client.statistics().reconnects == 2
 
 
-async def test_one_that_hangs_takes_its_share_of_the_time(autojump_clock, sites):
-    there = sites("abc")
-    there.networks[0].answer = trio.sleep_forever
+async def test_one_that_hangs_keeps_the_next_for_a_moment(autojump_clock, sites):
+    there = sites("abcd")
+    there.networks[0].answer = there.networks[1].answer = trio.sleep_forever
     async with there.connect(timeout=9) as client:
-        assert now() == pytest.approx(3)
+        assert now() == pytest.approx(0.5)
+        assert await names(client, 5) == {"c": 5}
+    assert [network.dials for network in there.networks] == [[0], [0.25], [0.5], []]
+
+
+async def test_one_that_takes_a_connection_and_says_nothing(autojump_clock, sites):
+    """Its connection is closed when the next has answered."""
+    there = sites("b")
+    near, far = memory_transports()
+
+    async def dial() -> Transport:
+        return near
+
+    targets = [Target("a", dial), Target("b", there.networks[0].dial)]
+    async with connect_to(targets, Terms()) as client:
+        assert now() == pytest.approx(0.25)
         assert await names(client, 5) == {"b": 5}
+        await trio.testing.wait_all_tasks_blocked()
+        assert client.statistics().connections == 1
+        with trio.fail_after(0.001), suppress(trio.BrokenResourceError):
+            while await far.receive():
+                pass
+
+
+@pytest.mark.parametrize(
+    ("times", "first", "at"),
+    [
+        ((0.2, 0.0), "a", 0.2),
+        ((0.4, 1.0), "a", 0.4),
+        ((0.5, 0.1), "b", 0.35),
+        ((0.25, 0.0), None, 0.25),
+        ((2.0, 1.75), None, 2.0),
+        ((4.0, 4.0, 0.5), "c", 1.0),
+    ],
+)
+async def test_who_answers_first_has_all_and_the_others_nothing(
+    autojump_clock, nursery, sites, times, first, at
+):
+    there = sites("abc"[: len(times)])
+    for network, time in zip(there.networks, times, strict=True):
+        network.answer = partial(trio.sleep, time)
+    async with there.connect() as client:
+        assert now() == pytest.approx(at)
+        (name,) = await names(client, 5)
+        assert first in (name, None)
+        await trio.sleep(10)
+        assert client.statistics().connections == 1
+        open_ = [
+            server.statistics().connections
+            for network in there.networks
+            for server in network.servers
+        ]
+        assert sum(open_) == 1
+        assert await names(client, 5) == {name: 5}
+
+
+async def test_a_failure_lets_the_next_begin_at_once(autojump_clock, sites):
+    there = sites("abc")
+
+    async def refuse_late() -> None:
+        await trio.sleep(0.1)
+        await refuse()
+
+    there.networks[0].answer = there.networks[1].answer = refuse_late
+    async with there.connect() as client:
+        assert now() == pytest.approx(0.2)
+        assert await names(client, 5) == {"c": 5}
+
+
+async def test_of_many_that_hang_each_gets_its_turn(autojump_clock, sites):
+    there = sites("abcdefghij")
+    for network in there.networks[:-1]:
+        network.answer = trio.sleep_forever
+    async with there.connect(timeout=1) as client:
+        assert now() == pytest.approx(0.9)
+        assert await names(client, 5) == {"j": 5}
+
+
+async def test_the_time_is_that_of_all_together(autojump_clock, sites):
+    there = sites("abc")
+    for network in there.networks:
+        network.answer = trio.sleep_forever
+    with pytest.raises(druvarpc.ConnectionLost) as lost:
+        async with there.connect(timeout=9):
+            pass
+    assert now() == pytest.approx(9)
+    assert lost.value.message == "; ".join(
+        f"can't connect to {name}: no answer within 9 s" for name in "abc"
+    )
+
+
+async def test_a_token_is_waited_for_before_anybody_is_dialed(autojump_clock, sites):
+    async def fetch() -> str:
+        await trio.sleep(3)
+        return "me"
+
+    there = sites("abc")
+    async with there.connect(token=fetch) as client:
+        assert await names(client, 5) == {"a": 5}
+        assert [network.dials for network in there.networks] == [[3], [], []]
+
+
+async def test_connecting_may_be_cancelled_at_any_point(autojump_clock, nursery):
+    steps = 0
+    while True:
+        steps += 1
+        before = trio.lowlevel.current_statistics().tasks_living
+        there = Sites(nursery, "ab")
+        for network in there.networks:
+            network.answer = partial(trio.sleep, 0.3)
+        with trio.CancelScope() as scope:
+            cancel = CancelAt(scope, steps)
+            trio.lowlevel.add_instrument(cancel)
+            try:
+                async with there.connect():
+                    trio.lowlevel.remove_instrument(cancel)
+                    cancel = None
+            finally:
+                if cancel is not None:
+                    trio.lowlevel.remove_instrument(cancel)
+        await trio.sleep(10)
+        assert trio.lowlevel.current_statistics().tasks_living == before
+        if not scope.cancelled_caught:
+            break
+    assert steps > 10
+
+
+async def test_a_real_server_behind_one_that_accepts_nothing():
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listening, ExitStack() as stack:
+        for _ in range(3):  # the queue is full then
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listening.getsockname())
+        silent = f"tcp://127.0.0.1:{listening.getsockname()[1]}"
+        async with served([MySite("b")]) as server:
+            start = now()
+            async with druvarpc.connect([silent, server.addresses[0]]) as client:
+                assert now() - start < 4
+                assert await names(client, 5) == {"b": 5}
 
 
 async def test_nobody_answers(autojump_clock, sites):
@@ -131,7 +279,7 @@ async def test_nobody_answers(autojump_clock, sites):
             async with there.connect(timeout=9, balance=balance):
                 pass
         assert lost.value.not_started
-        assert now() - start <= 9
+        assert now() - start <= 9 + 1e-6
 
 
 # --- round robin ---

@@ -1,6 +1,7 @@
 """The block of a client: what goes in and what comes out."""
 
 import abc
+import inspect
 from contextlib import aclosing
 
 import pytest
@@ -8,7 +9,7 @@ import trio
 import trio.testing
 
 import druvarpc
-from druvarpc.testing import connected
+from druvarpc.testing import Link, connected
 from tests.io.services import ClosedGate, Gate, MemoryVault, Vault, served
 
 
@@ -32,6 +33,31 @@ async def test_an_abstract_service_has_stubs():
         stub = client.stub(Abstract)
         assert isinstance(stub, Abstract)
         assert await stub.double(4) == 8
+
+
+def test_connected_takes_the_options_of_connect():
+    """But for those of sockets, and with the same defaults."""
+    of_sockets = {"address", "tls", "proxy", "congestion_control"}
+    ours = inspect.signature(connected).parameters
+    for name, option in inspect.signature(druvarpc.connect).parameters.items():
+        if name not in of_sockets:
+            assert ours[name].default == option.default, name
+
+
+async def test_connected_with_options_of_connect(autojump_clock):
+    link = Link(rtt=0.1)
+    link.stall(100)
+    with pytest.raises(druvarpc.ConnectionLost, match="no answer within 3 s"):
+        async with connected([MemoryVault()], link=link, connect_timeout=3):
+            pass
+    assert trio.current_time() == pytest.approx(3)
+    async with connected(
+        [MemoryVault()],
+        balance=druvarpc.Balance.ROUND_ROBIN,
+        outliers=druvarpc.Outliers(failures=1),
+        connect_timeout=1,
+    ) as client:
+        assert await client.stub(Vault).add(1) == 2
 
 
 async def test_pings_without_pause_are_no_abuse(autojump_clock):

@@ -3,6 +3,7 @@
 
 from contextlib import aclosing
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -113,6 +114,71 @@ async def test_an_answer_is_an_answer(autojump_clock):
         assert now() == pytest.approx(0.5)
         await trio.sleep(1)
         assert store.cancelled == 1
+
+
+@pytest.mark.parametrize(
+    "status", [Status.INTERNAL, Status.UNAUTHENTICATED, Status.PERMISSION_DENIED, Status.UNKNOWN]
+)
+async def test_a_copy_that_fails_is_no_reason_to_give_up_the_original(autojump_clock, status):
+    store = SlowStore(2, RpcError(status, "ill"))
+    async with connected([store]) as client:
+        assert await client.stub(Store, hedge=Hedge(0.5)).get("x") == "x by 1"
+        assert now() == pytest.approx(2)
+
+
+async def test_when_all_copies_fail_the_last_failure_is_the_calls(autojump_clock):
+    store = SlowStore(RpcError(Status.INTERNAL, "at once"), 0)
+    async with connected([store]) as client:
+        with pytest.raises(RpcError, match="at once"):
+            await client.stub(Store, hedge=Hedge(0.5)).get("x")
+        assert now() == 0
+    store = FailsLate()
+    async with connected([store]) as client:
+        with pytest.raises(RpcError, match="INTERNAL: after 2"):
+            await client.stub(Store, hedge=Hedge(0.5)).get("x")
+
+
+class FailsLate(Store):
+    """Says when it failed: the first call last."""
+
+    def __init__(self) -> None:
+        self.seconds = [2, 1]
+
+    async def get(self, name: str) -> str:
+        seconds = self.seconds.pop(0)
+        await trio.sleep(seconds)
+        raise RpcError(Status.INTERNAL, f"after {seconds}")
+
+
+class Signed(Store):
+    """Sends trailers with what it returns, and with what it fails with."""
+
+    async def get(self, name: str) -> str:
+        druvarpc.current_call().send_metadata({"ahead": "yes"})
+        if name == "none":
+            raise RpcError(Status.NOT_FOUND, "none", trailers={"by": "the error"})
+        druvarpc.current_call().trailers["by"] = "me"
+        return name
+
+
+async def test_metadata_and_trailers_of_the_call_that_counts(autojump_clock):
+    seen: list[str | bytes] = []
+
+    async def look(call: druvarpc.OutgoingCall, proceed: druvarpc.Proceed) -> Any:
+        result = await proceed()
+        seen.append(call.trailers["by"])
+        return result
+
+    async with connected([Signed()]) as client:
+        stub = client.stub(Store, hedge=Hedge(0.5))
+        with druvarpc.reply_metadata() as found:
+            await stub.get("x")
+            assert (found.metadata, found.trailers) == ({"ahead": "yes"}, {"by": "me"})
+            with pytest.raises(RpcError, match="none"):
+                await stub.get("none")
+            assert found.trailers["by"] == "the error"
+        await client.stub(Store, hedge=Hedge(0.5), interceptors=[look]).get("x")
+    assert seen == ["me"]
 
 
 async def test_copies_are_charged_to_the_retry_budget(autojump_clock):

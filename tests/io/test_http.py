@@ -1,6 +1,7 @@
 """HTTP on the port of the protocol: what it answers, how it becomes the protocol, and its abuse."""
 
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import druvarpc
+from druvarpc.arrivals import Arrivals
 from druvarpc.errors import CloseCode
 from druvarpc.http import Site, answer, upgrade
 from druvarpc.protocol.frames import PREFACE
@@ -207,6 +209,25 @@ async def test_metrics_are_what_the_statistics_say():
             assert f"# TYPE {name} {kind}" in lines
 
 
+async def test_metrics_count_the_calls_that_a_busy_server_refuses():
+    workshop = Workshop()
+    async with (
+        serving(workshop, limits=druvarpc.Limits(total_calls=1)) as server,
+        druvarpc.connect(server.addresses[0], retry=None) as client,
+        trio.open_nursery() as nursery,
+    ):
+        work = client.stub(Work)
+        nursery.start_soon(work.hold)
+        await workshop.until(lambda: workshop.running == 1)
+        for _ in range(3):
+            with pytest.raises(druvarpc.RpcError, match="the server is busy"):
+                await work.hold()
+        page = await ask(server, get("/metrics"))
+        assert b"\n# TYPE druvarpc_calls_refused_total counter\n" in page
+        assert b"\ndruvarpc_calls_refused_total 3\n" in page
+        workshop.release.set()
+
+
 async def test_a_draining_server_is_not_healthy():
     workshop = Workshop()
     keep = get("/healthz").replace(b"Connection: close\r\n", b"")
@@ -223,8 +244,43 @@ async def test_a_draining_server_is_not_healthy():
         nursery.start_soon(server.drain)
         await trio.testing.wait_all_tasks_blocked()
         await stream.send_all(keep)
-        assert b" 503 Service Unavailable" in await read_until(stream, b"draining\n")
+        answer = await read_all(stream)
+        assert b" 503 Service Unavailable" in answer
+        assert b"\r\nConnection: close\r\n" in answer
+        assert answer.endswith(b"draining\n")
         workshop.release.set()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("begun", [b"", b"G", get("/healthz"), get("/healthz") + b"GET /"])
+async def test_who_keeps_a_connection_does_not_hold_up_a_drain(begun):
+    """Not even a server that is asked again and again."""
+    begun = begun.replace(b"Connection: close\r\n", b"")
+    async with trio.open_nursery() as nursery:
+        server = await nursery.start(druvarpc.serve, [Workshop()], HTTP)
+        async with open_stream(server) as stream:
+            await stream.send_all(begun)
+            if b"/healthz" in begun:
+                await read_until(stream, b"ok\n")
+            else:
+                assert await answers(server.addresses[0])  # so this one has been accepted
+            with trio.fail_after(5):
+                await server.drain(timeout=60)
+
+
+async def test_a_drain_ends_for_who_asks_often_after_the_next_answer():
+    keep = get("/healthz").replace(b"Connection: close\r\n", b"")
+    async with trio.open_nursery() as nursery:
+        server = await nursery.start(druvarpc.serve, [Workshop()], HTTP)
+        async with open_stream(server) as stream:
+            await stream.send_all(keep)
+            received = await read_until(stream, b"ok\n")
+            nursery.start_soon(partial(server.drain, timeout=60))
+            with trio.fail_after(5):
+                while b"Connection: close" not in received:
+                    await stream.send_all(keep)
+                    received = await read_until(stream, b"\n")
+                await read_all(stream)
 
 
 # --- the upgrade ---
@@ -433,7 +489,7 @@ def test_any_bytes_are_answered_upgraded_or_the_end(scraps):
             near.send_nowait([scrap])
         near.send_eof()
         with trio.fail_after(5):
-            upgraded = await answer(far, site(), 1)
+            upgraded = await answer(far, site(), Arrivals(1))
         received = await near_end(far, near)
         assert received.startswith(b"HTTP/1.1 ") or not received
         # Once, and nothing of what came before it is left for the protocol.

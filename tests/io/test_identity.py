@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
@@ -25,6 +26,8 @@ from druvarpc import (
     authorize,
     current_call,
 )
+from druvarpc.client import connect_to
+from druvarpc.dialing import Target, Terms
 from druvarpc.protocol import Connection, Reference, RepliesReceived, Stream
 from druvarpc.protocol.frames import CALLS, encode_auth, frame, pack
 from druvarpc.server import Server
@@ -236,6 +239,36 @@ async def test_without_authenticate_there_is_no_identity():
         assert await client.stub(Who).am_i() == "None"
 
 
+async def test_a_server_that_takes_less_metadata_than_go_with_the_token(autojump_clock, nursery):
+    """Nothing is left of the attempts to connect to it."""
+    server = Server([MyWho()], Limits(max_metadata=8192), authenticate=Door())
+    dials = 0
+
+    async def dial() -> Transport:
+        nonlocal dials
+        dials += 1
+        near, far = memory_transports()
+        nursery.start_soon(server.serve_transport, far)
+        return near
+
+    token = Token("me", metadata={"key": "v" * 12_000})
+    targets, terms = [Target("memory", dial)], Terms()
+    with pytest.raises(ConnectionLost, match="doesn't take the token"):
+        async with connect_to(targets, terms, token=token):
+            pass
+
+    async def connect_for_ever() -> None:
+        async with connect_to(targets, terms, token=token, wait_for_ready=True):
+            raise AssertionError("it connected")
+
+    async with trio.open_nursery() as connecting:
+        connecting.start_soon(connect_for_ever)
+        await trio.sleep(300)
+        assert dials > 10
+        assert server.statistics().connections <= 1
+        connecting.cancel_scope.cancel()
+
+
 async def test_what_the_client_sends_with_its_token():
     door = Door()
     token = Token("me", metadata={"device": "laptop", "raw": b"\0"})
@@ -274,6 +307,63 @@ async def test_a_call_that_is_abandoned_while_it_waits_isnt_begun():
     assert service.ran == ["one"]
 
 
+async def test_large_arguments_that_wait_are_few_and_small_ones_many():
+    door, limits = Door(opened=False), Limits(max_message=1_000_000)
+    status: list[tuple[Status, bool]] = []
+    answers: list[str] = []
+
+    async def bulk() -> None:
+        try:
+            answers.append(await who.bulk(bytes(400_000)))
+        except RpcError as error:
+            status.append((error.status, error.not_started))
+
+    async with connected(
+        [MyWho()],
+        token="me",
+        authenticate=door,
+        server_limits=limits,
+        compression="zlib",
+        retry=None,
+    ) as client:
+        who = client.stub(Who)
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(bulk)
+            for _ in range(100):
+                nursery.start_soon(who.bulk, bytes(16_000))
+            await trio.testing.wait_all_tasks_blocked()
+            assert status == [(Status.RESOURCE_EXHAUSTED, True)] * 8
+            door.opened.set()
+        assert answers == ["me 400000"] * 2
+        for _ in range(5):
+            assert await who.bulk(bytes(900_000)) == "me 900000"
+
+
+async def test_calls_abandoned_while_they_wait_take_no_memory():
+    door, limits = Door(opened=False), Limits(max_message=1_000_000)
+    async with connected(
+        [MyWho()], token="me", authenticate=door, server_limits=limits, retry=None
+    ) as client:
+        who = client.stub(Who)
+        tracemalloc.start()
+        try:
+            for _ in range(20):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(who.bulk, bytes(900_000))
+                    await trio.testing.wait_all_tasks_blocked()
+                    nursery.cancel_scope.cancel()
+                await trio.testing.wait_all_tasks_blocked()
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert held < 3_000_000
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(who.bulk, bytes(900_000))
+            await trio.testing.wait_all_tasks_blocked()
+            door.opened.set()
+
+
 async def test_authenticate_is_cancelled_with_the_connection():
     door = Door(opened=False)
     async with connected([MyWho()], token="me", authenticate=door) as client:
@@ -305,17 +395,72 @@ async def test_an_authenticate_that_takes_too_long_refuses(autojump_clock, caplo
     assert SECRET not in caplog.text
 
 
-async def test_a_bug_in_authenticate_tells_the_caller_nothing_and_the_log_no_secret(caplog):
-    async def by_dict(caller: Caller) -> object:
-        assert caller.token is not None
-        return {"another": "me"}[caller.token]
+def by_token(caller: Caller) -> object:
+    assert caller.token is not None
+    return {"another": "me"}[caller.token]
 
-    async with connected([MyWho()], token=SECRET, authenticate=by_dict) as client:
+
+def by_part_of_it(caller: Caller) -> object:
+    assert caller.token is not None
+    return {"another": "me"}[caller.token.removeprefix("s3")]
+
+
+def by_metadata(caller: Caller) -> object:
+    return {"another": "me"}[str(caller.metadata["key"])]
+
+
+def with_a_cause(caller: Caller) -> object:
+    try:
+        return by_token(caller)
+    except KeyError as error:
+        raise ValueError(f"not {caller.token!r}") from error
+
+
+def in_a_group(caller: Caller) -> object:
+    error = ValueError(f"not {caller.token!r}")
+    error.add_note(f"that is {caller.token}")
+    raise ExceptionGroup(f"{caller.token}", [error, KeyError(caller.token)])
+
+
+@pytest.mark.parametrize("token", [SECRET, "s3cret\\t0k'en\n"])
+@pytest.mark.parametrize(
+    ("look_up", "kinds"),
+    [
+        (by_token, ["KeyError"]),
+        (by_part_of_it, ["KeyError"]),
+        (by_metadata, ["KeyError"]),
+        (with_a_cause, ["ValueError", "KeyError"]),
+        (in_a_group, ["ExceptionGroup", "ValueError", "KeyError"]),
+    ],
+)
+async def test_a_bug_in_authenticate_tells_the_caller_nothing_and_the_log_no_secret(
+    token, look_up, kinds, caplog
+):
+    async def authenticate(caller: Caller) -> object:
+        return look_up(caller)
+
+    async with connected(
+        [MyWho()], token=Token(token, metadata={"key": token}), authenticate=authenticate
+    ) as client:
         with pytest.raises(RpcError) as caught:
             await client.stub(Who).am_i()
     assert str(caught.value) == "INTERNAL: the server failed"
-    assert "by_dict" in caplog.text
-    assert "KeyError: '(the token)'" in caplog.text
+    assert look_up.__name__ in caplog.text
+    assert [line[:-5] for line in caplog.text.splitlines() if line.endswith(", at:")] == kinds
+    assert "cret" not in caplog.text
+    assert "t0k" not in caplog.text
+
+
+async def test_the_log_has_not_what_is_wrong_with_a_malformed_refusal(caplog):
+    async def authenticate(caller: Caller) -> object:
+        error = RpcError(Status.UNAUTHENTICATED, "no")
+        error.status = caller.token  # type: ignore[assignment]
+        raise error
+
+    async with connected([MyWho()], token=SECRET, authenticate=authenticate) as client:
+        with pytest.raises(RpcError, match="INTERNAL: the server failed"):
+            await client.stub(Who).am_i()
+    assert "authenticate failed\nValueError, at:\n" in caplog.text
     assert SECRET not in caplog.text
 
 
@@ -649,6 +794,24 @@ async def test_a_predicate_that_fails_refuses(caplog):
     assert "AttributeError" in caplog.text
 
 
+async def test_the_log_has_not_what_a_predicate_says(caplog):
+    async def knows(call: CurrentCall) -> bool:
+        return {"another": True}[str(call.metadata["key"])]
+
+    class Keyed(MyWho):
+        @authorize(knows)
+        async def am_i(self, note: str = "") -> str:
+            raise AssertionError("it was begun")
+
+    async with connected([Keyed()]) as client:
+        with pytest.raises(RpcError) as caught:
+            await client.stub(Who, metadata={"key": SECRET}).am_i()
+    assert str(caught.value) == "INTERNAL: the server failed"
+    assert "Who.am_i: a predicate failed\nKeyError, at:\n" in caplog.text
+    assert "in knows" in caplog.text
+    assert SECRET not in caplog.text
+
+
 async def test_interceptors_run_around_what_authorises():
     seen: list[str] = []
 
@@ -779,6 +942,77 @@ async def test_a_token_that_is_refused_again_is_an_error_and_asked_for_rarely(au
             with pytest.raises(RpcError, match="UNAUTHENTICATED: revoked"):
                 await client.stub(Who).am_i()
         assert source.given <= 2
+
+
+async def test_a_call_is_not_made_again_with_the_token_that_was_refused(autojump_clock):
+    """Neither while no other is asked for, nor if that is no other."""
+    source, door = Source(), Revoking()
+    door.good = 1000
+    for token, again in ((source, True), (lambda: "bad", False)):
+        async with connected([MyWho()], token=token, authenticate=door) as client:
+            who, start = client.stub(Who), trio.current_time()
+            for _ in range(50):
+                for call in (who.am_i, partial(first_of, who.watch(1))):
+                    with pytest.raises(RpcError, match="UNAUTHENTICATED"):
+                        await call()
+                await trio.sleep(0.1)
+            assert trio.current_time() - start < 6
+            renewed = source.given - 1 if again else 0
+            assert client.statistics().calls_retried == renewed
+            assert client.statistics().calls_started == 100 + renewed
+    assert 3 <= source.given <= 6
+
+
+async def test_refused_calls_are_made_again_together_only_with_another_token(autojump_clock):
+    source, door = Source(), Revoking()
+    link = Link(rtt=0.2)
+    async with connected([MyWho()], token=source, authenticate=door, link=link) as client:
+        who = client.stub(Who)
+        assert await who.am_i() == "token 1"
+        door.good = 1000
+        await trio.sleep(11)
+        for count, sent in ((2, 2), (1, 1)):
+            before = client.statistics().calls_started
+
+            async def call() -> None:
+                with pytest.raises(RpcError, match="UNAUTHENTICATED"):
+                    await who.am_i()
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(100):
+                    nursery.start_soon(call)
+            assert source.given == 2, count
+            assert client.statistics().calls_started - before == 100 * sent
+
+
+async def test_a_call_that_the_last_token_was_refused_for_has_the_one_that_came_meanwhile(
+    autojump_clock,
+):
+    source, door = Source(100), Revoking()
+    link = Link(rtt=0.4)
+    async with connected([MyWho()], token=source, authenticate=door, link=link) as client:
+        who = client.stub(Who)
+        assert await who.am_i() == "token 1"
+        door.good = 2
+        await trio.sleep_until(79.9)
+        assert source.given == 1
+        assert await who.am_i() == "token 2"
+        assert (source.given, client.statistics().calls_retried) == (2, 1)
+
+
+async def test_a_fixed_token_that_expires_is_an_error_of_what_needs_it(autojump_clock):
+    link = Link(rtt=0.01)
+    token = Token("me", expires_in=5)
+    async with connected([MyWho()], token=token, authenticate=Door(), link=link) as client:
+        who = client.stub(Who)
+        assert await who.am_i() == "me"
+        await trio.sleep(6)
+        link.cut()
+        await trio.sleep(0.1)
+        with trio.fail_after(5):
+            with pytest.raises(ConnectionLost, match="the token has expired") as lost:
+                await who.am_i()
+        assert lost.value.not_started
 
 
 async def test_a_fixed_token_that_is_refused_is_an_error():

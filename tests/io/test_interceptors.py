@@ -695,6 +695,132 @@ async def test_arguments_that_cant_be_sent_fail_their_call_of_the_club_alone():
         assert needs.error.status is Status.FAILED_PRECONDITION
 
 
+def one_at_a_time(limit: int = 1) -> Any:
+    """Return an interceptor that lets so many calls through at a time, replies included."""
+    free = trio.Semaphore(limit)
+
+    async def interceptor(call: OutgoingCall, proceed: Proceed) -> Any:
+        async with free:
+            return await proceed()
+
+    return interceptor
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+async def test_calls_of_a_club_that_interceptors_let_through_one_at_a_time(autojump_clock, limit):
+    link = Link(rtt=0.05)
+    async with connected([MemoryVault()], interceptors=[one_at_a_time(limit)], link=link) as client:
+        add = client.stub(Vault).add
+        before = trio.current_time()
+        async with client.club() as club:
+            replies = [club.call(add, number) for number in range(5)]
+        assert [reply.value for reply in replies] == [1, 2, 3, 4, 5]
+        assert trio.current_time() - before < 0.06 * -(-5 // limit)
+
+
+async def test_calls_of_a_club_that_need_each_other_let_through_one_at_a_time(autojump_clock):
+    link = Link(rtt=0.05)
+    async with connected([MemoryVault()], interceptors=[one_at_a_time()], link=link) as client:
+        vault = client.stub(Vault)
+        before = trio.current_time()
+        async with client.club() as club:
+            session = club.call(vault.begin, "me")
+            one = club.call(vault.add, session.field("id"), 1)
+            both = club.call(vault.add, one, session.field("id"))
+            alone = club.call(vault.add, 1, 1)
+        assert (session.value.id, one.value, both.value, alone.value) == (7, 8, 15, 2)
+        # They waited for each other once.
+        assert trio.current_time() - before < 4 * 0.06 + 0.11
+
+
+async def test_a_call_let_through_after_one_that_it_needs_has_failed(autojump_clock):
+    ran: list[int] = []
+
+    class Refuses(MemoryVault):
+        async def begin(self, owner: str) -> Any:
+            raise RpcError(Status.NOT_FOUND, owner)
+
+        async def add(self, a: int, b: int = 1) -> int:
+            ran.append(a)
+            return a
+
+    async with connected([Refuses()], interceptors=[one_at_a_time()]) as client:
+        vault = client.stub(Vault)
+        async with client.club(raise_errors=False) as club:
+            session = club.call(vault.begin, "me")
+            needs = club.call(vault.add, session.field("id"))
+            needs_that = club.call(vault.add, needs)
+        assert "NOT_FOUND: me" in str(session.error)
+        for reply in (needs, needs_that):
+            assert isinstance(reply.error, RpcError)
+            assert reply.error.status is Status.FAILED_PRECONDITION
+            assert reply.error.not_started
+    assert ran == []
+
+
+async def test_a_call_of_a_club_goes_ahead_of_one_that_needs_it_and_waits_for_it(autojump_clock):
+    begun = trio.Event()
+
+    class Tells(MemoryVault):
+        async def begin(self, owner: str) -> Any:
+            begun.set()
+            return await super().begin(owner)
+
+    async def wait(call: OutgoingCall, proceed: Proceed) -> Any:
+        await begun.wait()
+        return await proceed()
+
+    for interceptors in ([], [Log("one", [])]):  # around the first call
+        begun = trio.Event()
+        async with connected([Tells()]) as client:
+            session_stub = client.stub(Vault, interceptors=interceptors)
+            around = client.stub(Vault, interceptors=[wait])
+            async with client.club() as club:
+                session = club.call(session_stub.begin, "me")
+                late = [club.call(around.add, session.field("id"), number) for number in range(3)]
+            assert [reply.value for reply in late] == [7, 8, 9]
+            assert client.statistics().clubs_sent == 2
+
+
+@pytest.mark.parametrize("seconds", [0, 0.03])
+async def test_calls_of_a_club_share_a_frame_if_their_interceptors_get_that_far(
+    autojump_clock, seconds
+):
+    """Those that a lock lets through one after the other; and linked ones that take a while."""
+    lock = trio.Lock()
+
+    async def look_up(call: OutgoingCall, proceed: Proceed) -> Any:
+        async with lock:
+            await trio.sleep(seconds)
+        return await proceed()
+
+    async with connected([MemoryVault()], interceptors=[look_up]) as client:
+        add = client.stub(Vault).add
+        async with client.club() as club:
+            reply = club.call(add, 0)
+            for _ in range(9):
+                reply = club.call(add, reply)
+        assert reply.value == 10
+        assert client.statistics().clubs_sent == 1
+        if not seconds:
+            async with client.club() as club:
+                for number in range(50):
+                    club.call(add, number)
+            assert client.statistics().clubs_sent == 2
+
+
+async def test_a_club_that_is_cancelled_while_calls_wait_for_others(autojump_clock):
+    gate = ClosedGate()
+    async with connected([gate], interceptors=[one_at_a_time()]) as client:
+        with trio.move_on_after(5):
+            async with client.club() as club:
+                for name in "abc":
+                    club.call(client.stub(Gate).enter, name)
+        await gate.until_empty()
+        assert len(gate.entered) == 1
+        assert client.statistics().calls_active == 0
+
+
 @pytest.mark.parametrize("changed", [False, True])
 async def test_repeated_keys_of_a_stub_survive_interceptors(changed):
     seen: list[Any] = []

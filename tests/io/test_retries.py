@@ -521,6 +521,119 @@ async def test_of_a_club_of_others_only_those_that_failed(autojump_clock):
         assert len(fickle.begun) == 11
 
 
+class Failing(Fickle):
+    """Counts calls by their name, and fails with what it was made with."""
+
+    def __init__(self, error: RpcError) -> None:
+        self.error = error
+        self.times: dict[str, list[float]] = {}
+
+    async def get(self, name: str) -> str:
+        self.times.setdefault(name, []).append(now())
+        raise self.error
+
+    do = get
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_the_calls_of_a_club_are_made_again_by_their_own_stubs_options(autojump_clock, order):
+    failing = Failing(RpcError(Status.UNAVAILABLE, "not now"))
+    async with connected([failing]) as client:
+        stubs = {
+            "never": client.stub(Fickle, retry=None),
+            "twice": client.stub(Fickle, retry=Retry(attempts=2)),
+            "default": client.stub(Fickle),
+        }
+        async with client.club(raise_errors=False) as club:
+            replies = [club.call(stubs[name].get, name) for name in [*stubs][::order]]
+        assert all(isinstance(reply.error, RpcError) for reply in replies)
+        counts = {name: len(times) for name, times in failing.times.items()}
+        assert counts == {"never": 1, "twice": 2, "default": 4}
+        assert client.statistics().calls_retried == 4
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_a_stub_that_never_retries_keeps_a_club_whose_calls_need_each_other_from_it(
+    autojump_clock, order
+):
+    failing = Failing(RpcError(Status.UNAVAILABLE, "not now"))
+    async with connected([failing]) as client:
+        first, second = [client.stub(Fickle), client.stub(Fickle, retry=None)][::order]
+        async with client.club(raise_errors=False) as club:
+            club.call(second.get, club.call(first.get, "x"))
+        assert [len(times) for times in failing.times.values()] == [1]
+
+
+async def test_a_call_of_a_club_is_not_made_again_past_its_own_deadline(autojump_clock):
+    failing = Failing(RpcError(Status.RESOURCE_EXHAUSTED, "busy", {"retry_after": 3}))
+    async with connected([failing]) as client:
+        stub = client.stub(Fickle)
+        async with client.club(raise_errors=False) as club:
+            with trio.move_on_after(1):  # noqa: ASYNC100 - the deadline is noted
+                short = club.call(stub.get, "short")
+            with trio.move_on_after(5):  # noqa: ASYNC100 - likewise
+                middle = club.call(stub.get, "middle")
+            club.call(stub.get, "long")
+        assert failing.times["short"] == [0]
+        assert "busy" in str(short.error)
+        assert failing.times["middle"] == pytest.approx([0, 3], abs=0.3)
+        assert "busy" in str(middle.error)
+        assert len(failing.times["long"]) == 4
+
+
+async def test_the_pause_of_one_call_of_a_club_is_not_that_of_another(autojump_clock):
+    class Different(Failing):
+        async def get(self, name: str) -> str:
+            self.error = busy(9.0) if name == "slow" else busy(0.0)
+            return await super().get(name)
+
+    failing = Different(busy(0.0))
+    async with connected([failing]) as client:
+        async with client.club(raise_errors=False) as club:
+            club.call(client.stub(Fickle, retry=Retry(attempts=2)).get, "slow")
+            club.call(client.stub(Fickle).get, "quick")
+        assert failing.times["slow"] == pytest.approx([0, 9], abs=0.1)
+        assert failing.times["quick"][-1] < 1
+
+
+async def test_the_deadline_of_a_clubs_call_holds_when_interceptors_make_it_again(autojump_clock):
+    """Also of an attempt that has begun; one that would begin after it isn't made."""
+    deadlines: list[float] = []
+
+    class Slow(Failing):
+        async def do(self, name: str) -> str:
+            deadlines.append(druvarpc.current_call().deadline)
+            if len(deadlines) == 1:
+                raise self.error
+            await trio.sleep(100)
+            return name
+
+    outcomes: list[str] = []
+
+    async def persist(call: druvarpc.OutgoingCall, proceed: druvarpc.Proceed) -> Any:
+        for _ in range(3):
+            try:
+                return await proceed()
+            except RpcError as error:
+                outcomes.append(f"{now():.0f} s: {error}, {error.not_started}")
+                await trio.sleep(2)
+        return await proceed()
+
+    async with connected([Slow(RpcError(Status.ABORTED, "no"))], interceptors=[persist]) as client:
+        async with client.club(raise_errors=False) as club:
+            with trio.move_on_after(3):  # noqa: ASYNC100 - the deadline is noted
+                reply = club.call(client.stub(Fickle).do, "x")
+        assert client.statistics().calls_active == 0
+    assert deadlines == pytest.approx([3, 3])
+    assert outcomes == [
+        "0 s: ABORTED: no, False",
+        "3 s: DEADLINE_EXCEEDED: the deadline passed, False",
+        "5 s: DEADLINE_EXCEEDED: the deadline passed, True",
+    ]
+    assert isinstance(reply.error, RpcError)
+    assert reply.error.status is Status.DEADLINE_EXCEEDED
+
+
 async def test_a_window_loses_its_connection(autojump_clock):
     """Each of its calls is made again like one alone, all that were lost together."""
     link = Link(rtt=0.1)

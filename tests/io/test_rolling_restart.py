@@ -110,6 +110,58 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+async def test_a_supervised_reload_costs_no_call_whether_or_not_it_may_be_made_again(folder):
+    """Thousands of them, of which each is begun by one worker, and each worker begins some."""
+    safe, unsafe, pids, over = 0, 0, set(), False
+
+    async def call_safely(where: Where) -> None:
+        nonlocal safe
+        while not over:
+            pids.add(await where.pid())
+            safe += 1
+
+    async def call(where: Where) -> None:
+        nonlocal unsafe
+        while not over:
+            pids.add(await where.hold(0.001))
+            unsafe += 1
+
+    async def be_a_client(address: str) -> None:
+        async with druvarpc.connect(address) as client, trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(call_safely, client.stub(Where))
+                nursery.start_soon(call, client.stub(Where))
+
+    async with serve_command(folder, "where:one", "--workers", "2") as command:
+        address = await command.address()
+        start = trio.current_time()
+        # An error of any call ends the test: nobody catches it.
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(be_a_client, address)
+            for reloads in range(4):
+                before = safe, unsafe
+                await settled(
+                    lambda: safe > before[0] + 500 and unsafe > before[1] + 500,  # noqa: B023
+                    within=20,
+                )
+                if reloads < 3:
+                    command.send(signal.SIGHUP)
+                    await command.logged("reloaded", reloads + 1)
+            over = True
+        seconds = trio.current_time() - start
+        command.send(signal.SIGTERM)
+        assert await command.ended() == 0
+    assert len(command.pids) == 8
+    # One of two may get all connections, but the calls of each reload were answered by its workers.
+    for first in range(0, 8, 2):
+        assert pids & set(command.pids[first : first + 2])
+    assert pids <= set(command.pids)
+    rate = (safe + unsafe) / seconds
+    print(f"{safe} idempotent calls and {unsafe} others, {rate:.0f} a second, none lost")
+    assert rate > 200
+
+
 async def test_workers_that_are_killed_take_no_more_with_them_than_they_must(folder):
     """Calls that may be made again survive; of the others, those fail that were in flight."""
     safe, unsafe, errors, over = 0, 0, [], False
