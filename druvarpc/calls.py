@@ -61,6 +61,7 @@ class Call(Stream):
         error: why the call failed here.
         pipe: the data of a streaming call.
         on_done: called when the call is done.
+        failed_at: when it failed; without a value until then.
         metadata_ahead: what the server sent ahead of the reply.
         weight: what it counts for where connections are compared: the bytes of its data, as far as
             they are known.
@@ -70,6 +71,7 @@ class Call(Stream):
         "calls",
         "done",
         "error",
+        "failed_at",
         "metadata_ahead",
         "on_done",
         "outcome",
@@ -79,6 +81,8 @@ class Call(Stream):
         "task",
         "weight",
     )
+
+    failed_at: float  # not set at first: a call that goes well doesn't pay for it
 
     def __init__(
         self,
@@ -263,6 +267,7 @@ class Calls:
             self._end(call)
             self._totals.calls_failed += 1
             call.error = error
+            call.failed_at = self.session.now()
             call.finish()
 
     def fail_all(self) -> None:
@@ -318,6 +323,7 @@ class Calls:
             if outcome is not None:
                 call.outcome = outcome
                 if outcome.status:
+                    call.failed_at = self.session.now()
                     totals.calls_failed += 1
                     if outcome.status in _ILL:
                         totals.calls_ill += 1
@@ -362,6 +368,7 @@ class Calls:
     def _take_result(self, call: Call, payload: bytes) -> None:
         if call.result is not None:
             call.error = RpcError(Status.INTERNAL, f"{call.method}: a reply with two results")
+            call.failed_at = self.session.now()
         call.result = payload
 
     async def wait(self, call: Call) -> None:

@@ -9,7 +9,7 @@ those that failed as well. One that finds no connection is held, and no other st
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -187,42 +187,47 @@ class Flight:
                 return call, await self.stub.result(call)
             except RpcError as error:
                 failed = error
-            others = [one for one in self.calls if one is not call and one.done and one.failed]
             call = await self._repeat(call, failed)
-            self._follow(others, failed.retry_after or 0.0)
+            self._follow()
 
     async def _repeat(self, call: Call, error: RpcError) -> Call:
         attempts = self._attempts_of(call)
+        # Its turn may have come long after its failure.
+        elapsed = trio.current_time() - call.failed_at if call.failed else 0.0
         while True:
-            await attempts.pause(error)
+            await attempts.pause(error, elapsed=elapsed)
             try:
                 return self._replace(call, attempts)
             except RpcError as again:
-                error = again
+                error, elapsed = again, 0.0
 
-    def _follow(self, others: Iterable[Call], pause: float) -> None:
-        """Make others again that failed with the one whose turn it was.
+    def _follow(self) -> None:
+        """Make others again that failed before it is their turn, but for those it is too early for.
 
         In their own turn each would take a round trip by itself.
         """
         replaced: dict[Call, Call] = {}
-        for call in others:
-            error, attempts = call.failure, self._attempts_of(call)
-            if (
-                isinstance(error, RpcError)
-                and (error.retry_after or 0.0) <= pause
-                and attempts.follows(error)
-            ):
-                try:
-                    replaced[call] = again = self._replace(call, attempts)
-                except RpcError:
-                    break  # they wait for their turn
-                if not self._ordered:
-                    again.on_done = partial(self._note, again)
-                if self._tuned:
-                    self._undone.append(None)
-                    if self._ordered:
-                        again.on_done = self._pop
+        now = trio.current_time()
+        for call in [one for one in self.calls if one.done and one.failed]:
+            error = call.failure
+            if not isinstance(error, RpcError) or call.failed_at + (error.retry_after or 0.0) > now:
+                continue
+            attempts = self._attempts_of(call)
+            if not attempts.follows(error):
+                self._again[call] = attempts
+                continue
+            try:
+                replaced[call] = again = self._replace(call, attempts)
+            except RpcError:
+                break  # they wait for their turn
+            if not self._ordered:
+                again.on_done = partial(self._note, again)
+            if self._tuned:
+                self._undone.append(None)
+                if self._ordered:
+                    again.on_done = self._pop
+        if not replaced:
+            return
         if self._ordered:
             self._turns = deque(replaced.get(one, one) for one in self._turns)
         else:

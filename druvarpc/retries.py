@@ -67,12 +67,13 @@ class Attempts:
         tokens = self._endpoints.tokens
         self._token = None if tokens is None else tokens.current
 
-    async def pause(self, error: RpcError, calls: int = 1) -> None:
+    async def pause(self, error: RpcError, calls: int = 1, elapsed: float = 0.0) -> None:
         """Wait until the next attempt is to begin.
 
         Args:
             error: how this one failed.
             calls: how many are made again together.
+            elapsed: seconds since then, which are part of the pause.
 
         Raises:
             RpcError: `error`, or what keeps the next one from being made.
@@ -96,21 +97,31 @@ class Attempts:
                 return
             except ConnectionLost as unready:
                 error = unready
-        await self._back_off(error, calls)
+        await self._back_off(error, calls, elapsed)
 
     def follows(self, error: RpcError) -> bool:
-        """Whether another attempt may begin now, beside that of another call which has waited."""
-        made, self.made = self.made, False
+        """Whether another attempt may begin now, beside that of another call which has waited.
+
+        If not it is as if nobody had asked.
+        """
+        if not self._follows(error):
+            return False
+        self.made = False
+        return True
+
+    def _follows(self, error: RpcError) -> bool:
         if self._may_renew(error):
             tokens = self._endpoints.tokens
             return tokens is not None and not tokens.refused  # that other has had a new one
-        if isinstance(error, ConnectionLost) and error.not_started and self._may_move(made):
+        if isinstance(error, ConnectionLost) and error.not_started and self._may_move(self.made):
             return True
         retry = self._retry
         if retry is None or not may_fare_better(error, idempotent=self._idempotent):
             return False
+        if self._failed + 1 >= retry.attempts or not self._endpoints.may_retry(retry):
+            return False
         self._failed += 1
-        return self._failed < retry.attempts and self._endpoints.may_retry(retry)
+        return True
 
     def _may_renew(self, error: RpcError) -> bool:
         """Whether the call may be made again with a new token, which it may once."""
@@ -128,7 +139,7 @@ class Attempts:
         self._moved += 1
         return self._moved <= _MOVES
 
-    async def _back_off(self, error: RpcError, calls: int) -> None:
+    async def _back_off(self, error: RpcError, calls: int, elapsed: float) -> None:
         retry = self._retry
         if retry is None or not may_fare_better(error, idempotent=self._idempotent):
             raise error
@@ -138,6 +149,7 @@ class Attempts:
         pause = retry.pause(self._failed, random.random(), error.retry_after)
         if pause is None:
             raise error
+        pause = max(pause - elapsed, 0.0)
         if trio.current_time() + pause >= trio.current_effective_deadline():
             raise error
         if not self._endpoints.may_retry(retry, calls):

@@ -673,6 +673,75 @@ async def test_a_window_whose_calls_may_not_be_made_again_fails(autojump_clock):
         assert got == [f"{number}" for number in range(len(got))]
 
 
+class Crowded(Fickle):
+    async def do(self, name: str) -> str:
+        await trio.sleep(0.02)
+        return name
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("window", [None, 100])
+async def test_a_window_at_a_server_with_too_few_places_is_as_fast_as_tasks(
+    autojump_clock, window, ordered
+):
+    """Each call comes back when its place is free, not when it is its turn, and all get one."""
+    limits = druvarpc.Limits(total_calls=16)
+    async with connected([Crowded()], server_limits=limits) as client:
+        names = [f"{number}" for number in range(100)]
+        results = druvarpc.windowed(client.stub(Fickle).do, names, window=window, ordered=ordered)
+        start = now()
+        got = await collect(results)
+        assert got == names or (not ordered and sorted(got) == sorted(names))
+        assert now() - start < 1.0
+        assert client.statistics().calls_retried < 100
+
+
+class Turns(Fickle):
+    """Takes 5 s for the call "long"; refuses others at first, with a pause of 3 s."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, list[float]] = {}
+
+    async def do(self, name: str) -> str:
+        times = self.times.setdefault(name, [])
+        times.append(now())
+        if name == "long":
+            await trio.sleep(5)
+        elif len(times) == 1:
+            raise RpcError(Status.RESOURCE_EXHAUSTED, "busy", {"retry_after": 3}, not_started=True)
+        return name
+
+    get = do
+
+
+async def test_a_pause_that_is_over_by_a_calls_turn_is_not_made_again(autojump_clock):
+    turns = Turns()
+    async with connected([turns]) as client:
+        names = ["long", "a", "b", "c"]
+        assert await collect(druvarpc.windowed(client.stub(Fickle).get, names)) == names
+        assert now() == pytest.approx(5, abs=0.01)
+        assert turns.times["a"] == turns.times["c"] == pytest.approx([0, 5], abs=0.01)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_no_call_of_a_window_is_attempted_more_often_than_asked_for(autojump_clock, ordered):
+    class Full(Failing):
+        """Refuses all calls but those of one name: that one when it has been called twice."""
+
+        async def get(self, name: str) -> str:
+            times = self.times.setdefault(name, [])
+            if int(name) % 2 and len(times) == 2:
+                return name
+            return await super().get(name)
+
+    full = Full(busy(0.1))
+    async with connected([full], retry=Retry(attempts=3)) as client:
+        names = [f"{number}" for number in range(1, 10)]
+        with pytest.raises(RpcError, match="busy"):
+            await collect(druvarpc.windowed(client.stub(Fickle).get, names, ordered=ordered))
+        assert max(len(times) for times in full.times.values()) == 3
+
+
 async def test_calls_that_lingered_when_the_connection_was_lost_had_not_started(autojump_clock):
     link = Link(rtt=0.1)
     clubbing = druvarpc.Clubbing(linger=1.0)
