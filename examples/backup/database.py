@@ -34,7 +34,7 @@ from blake3 import blake3
 
 from .errors import CatalogueError
 from .files import FILES, Files
-from .wal import log_damage
+from .wal import log_damage, page_size
 
 # Nobody else has the database open, apart from a person looking at it.
 BUSY_TIMEOUT = 10.0
@@ -67,7 +67,7 @@ class Database:
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
         # Before SQLite sees it, which would write over what is behind the damage.
-        if damage := log_damage(path, files):
+        if damage := log_damage(path, page_size(path), files):
             raise CatalogueError(f"{damage}: nothing is written as long as this file is there")
         with ExitStack() as undo:
             with _translated():
@@ -164,7 +164,7 @@ class _Checkpoints:
         if not logged and self._sums is not None:
             return
         if not checked:
-            self.damage = self.damage or log_damage(self._path, self._files)
+            self.damage = self.damage or log_damage(self._path, self._page_size, self._files)
         if self.damage:
             return
         spoiled = self._spoiled(logged) if self._settled else set[int]()

@@ -31,21 +31,34 @@ MARK = 2
 SIZE_AT = 16
 
 
-def log_damage(path: Path, files: Files) -> str:
-    """Returns what is wrong with a database's log, in words; nothing if it is as a crash leaves it.
+def page_size(path: Path) -> int:
+    """Returns the size of a database's pages, in bytes; 0 if there is none.
 
-    Args:
-        path: The database.
-        files: What reads the log.
+    While this process has it open in SQLite, this must not be called: closing the file again
+    releases SQLite's locks.
     """
     try:
         with path.open("rb") as database:
             size = int.from_bytes(database.read(SIZE_AT + 2)[SIZE_AT:])
+    except FileNotFoundError:
+        return 0
+    return 65536 if size == 1 else size
+
+
+def log_damage(path: Path, size: int, files: Files) -> str:
+    """Returns what is wrong with a database's log, in words; nothing if it is as a crash leaves it.
+
+    Args:
+        path: The database.
+        size: That of its pages, in bytes.
+        files: What reads the log.
+    """
+    try:
         fd = files.open(path.with_name(path.name + "-wal"))
     except FileNotFoundError:
         return ""
     try:
-        wrong = _wrong(fd, files, 65536 if size == 1 else size)
+        wrong = _wrong(fd, files, size)
     finally:
         os.close(fd)
     return f"{path.name}-wal: {wrong} is damaged, and what was committed after it" if wrong else ""
