@@ -3,8 +3,8 @@
 A tenant has one random master key. The server keeps it wrapped: encrypted under a key that scrypt
 (RFC 7914) makes from the passphrase. Three keys are derived from the master key, one for each use:
 
-- chunks are named by BLAKE3 keyed with the first, so that nobody who lacks it can tell whether a
-  known file is stored;
+- chunks are named by BLAKE3 keyed with the first, so that nobody who lacks it can compare a name
+  with that of a known file;
 - their contents are sealed with AES-256-GCM under the second, with the id as associated data: a
   chunk cannot take another's place;
 - pages likewise under the third, with the ids of their chunks as associated data.
