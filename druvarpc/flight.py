@@ -5,12 +5,21 @@ that is a token in a list, which is taken out when it is done; once in a round t
 
 A call that failed and may be made again (`druvarpc.retries`) is, when it is its turn, and with it
 those that failed as well. One that finds no connection is held, and no other starts before it.
+
+Calls that a server refused because it has too many begin again each at the time that it named, and
+until then new ones leave room for them. From then on no more are in flight than it took
+(`Flight.places`), less a part so that other clients get some, and one more for each so many that
+went well: additive increase, multiplicative decrease (Chiu and Jain, "Analysis of the increase and
+decrease algorithms for congestion avoidance in computer networks", 1989). They are attempted as
+often as it takes, as long as others end well between two attempts.
 """
 
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from heapq import heappop, heappush
 from typing import Any, Final
 
 import trio
@@ -18,7 +27,7 @@ import trio
 from druvarpc.calls import Call
 from druvarpc.errors import RpcError
 from druvarpc.protocol.concurrency import LEAST, ConcurrencyLimit
-from druvarpc.retries import Attempts
+from druvarpc.retries import Attempts, is_refusal
 from druvarpc.stubs import UnaryMethod
 
 # With `window=None`: bytes of arguments and results that calls may take in this process at once. At
@@ -33,6 +42,11 @@ _MARGIN: Final = 1 / 8
 # Calls that start before what they are is written: the server shall not wait for a whole window.
 PORTION: Final = 256
 
+# The part of a server's places that a window keeps when it has been refused one more, once a round.
+_DECREASE: Final = 7 / 8
+# What `Flight.take` returns if the call whose turn it was is made again later.
+LATER: Final = object()
+
 _NO_KEYWORDS: Final[Mapping[str, Any]] = {}
 
 
@@ -44,6 +58,9 @@ class Flight:
         started: how many calls there have been.
         error: why the source of arguments failed.
         held: the arguments of a call that can't start, for lack of a connection, and why.
+        later: those that the server refused: when they begin again, a number that tells them apart,
+            the call that has their turn, and their latest attempt.
+        places: how many the server takes at once, infinite until it has refused one.
     """
 
     def __init__(self, stub: UnaryMethod, window: int | None, *, ordered: bool) -> None:
@@ -52,33 +69,41 @@ class Flight:
         self.started = 0
         self.error: Exception | None = None
         self.held: tuple[bytes, RpcError] | None = None
+        self.later: list[tuple[float, int, Call, Call]] = []
+        self.places = math.inf
         self._again: dict[Call, Attempts] = {}  # those made again
+        # If ordered: the latest attempt of a call that has a turn; None as long as it is `later`.
+        self._latest: dict[Call, Call | None] = {}
         self._ordered = ordered
         self._turns: deque[Call] = deque()  # whose results are taken next: all, or those done
         self._changed = trio.lowlevel.ParkingLot()
         self._waiting = 0
+        self._repeated = 0
+        self._refusals = 0
+        self._number = 0
+        self._next_decrease = 0.0  # of `places`: when so many calls have gone well
         self._bytes = 0
         self._tuned = window is None
         self._tuner: ConcurrencyLimit | None = None  # made with the first call
-        self._timeless = True  # no call is being timed
-        # A token for each call that isn't done, if that is to be known. To take one out is all that
-        # most calls do when they are done, and no Python code runs for it.
+        self._timeless = self._tuned  # no call is being timed, and one should be
+        # A token for each call that isn't done. To take one out is all that most calls do when they
+        # are done, and no Python code runs for it.
         self._undone: list[None] = []
         self._pop = self._undone.pop
         self._expected = 0  # bytes of a result
         if window is None:
             # Until the first call has told what its server takes.
-            self._most_undone, self._most_calls = 1, LEAST
-            self._most_bytes = _MOST_BYTES
+            self._limit, self._most_calls, self._most_bytes = 1, LEAST, _MOST_BYTES
         else:
-            self._most_undone, self._most_calls, self._most_bytes = 1, window, sys.maxsize
+            self._limit, self._most_calls, self._most_bytes = window, window, sys.maxsize
+        self._most_undone: float = self._limit  # or the server's `places`
 
     @property
     def has_room(self) -> bool:
         """Whether one more call may start."""
         return (
             self.held is None
-            and len(self._undone) < self._most_undone
+            and len(self._undone) + len(self.later) < self._most_undone
             and len(self.calls) < self._most_calls
             and self._bytes < self._most_bytes
         )
@@ -87,7 +112,12 @@ class Flight:
     def ready(self) -> bool:
         """Whether the result whose turn it is can be taken."""
         turns = self._turns
-        return bool(turns) and turns[0].done
+        if not turns:
+            return False
+        if self._latest:
+            call = self._latest.get(turns[0], turns[0])
+            return call is not None and call.done
+        return turns[0].done
 
     def fill(self, source: Iterator[Any]) -> bool:
         """Start one call, and more until there is no room or a portion is full.
@@ -129,16 +159,15 @@ class Flight:
         self.started += 1
         if self._ordered:
             self._turns.append(call)
-        else:
-            call.on_done = partial(self._note, call)
-        if self._tuned:
-            self._undone.append(None)
-            if self._ordered:
-                call.on_done = self._pop
-            if self._timeless and len(self._undone) >= self._most_undone:
-                self._time(call)
+        self._watch(call)
+        if self._timeless and len(self._undone) >= self._most_undone:
+            self._time(call)
         if self._waiting:
             self.wake()
+
+    def _watch(self, call: Call) -> None:
+        self._undone.append(None)
+        call.on_done = self._pop if self._ordered else partial(self._note, call)
 
     async def resume(self) -> bool:
         """Start the call that is held, when there is a connection; return whether there is."""
@@ -161,13 +190,25 @@ class Flight:
         return True
 
     async def take(self) -> Any:
-        """Return the result that is `ready`, or make its call again and wait for that."""
-        call = self._turns.popleft()
+        """Return the result that is `ready`, or make its call again and wait for that.
+
+        Returns:
+            `LATER` if the server refused the call and named a time at which it may begin again.
+        """
+        call = first = self._turns.popleft()
+        if self._latest:
+            latest = self._latest.pop(first, first)
+            assert latest is not None
+            call = latest
         if call.plain:
             await trio.lowlevel.checkpoint_if_cancelled()
             result = self.stub.decode(call)
+        elif self._refused(call) and self._postpone(first, call):
+            return LATER
         else:
             call, result = await self._result(call)
+        if self.places is not math.inf:
+            self._set_places(self.places + 1 / self.places)
         if self._tuned and call.result is not None:
             # An average of the latest that moves by an eighth.
             self._expected += len(call.result) - self._expected >> 3
@@ -177,6 +218,79 @@ class Flight:
         if self._waiting:
             self.wake()
         return result
+
+    # Calls that the server refused.
+
+    def _refused(self, call: Call | None) -> bool:
+        if call is None or not call.done or not call.failed:
+            return False
+        error = call.failure
+        return isinstance(error, RpcError) and is_refusal(error)
+
+    def _postpone(self, first: Call, call: Call) -> bool:
+        """Note when a call that was refused begins again, and others that were refused with it.
+
+        Args:
+            first: what had its turn, which it gets back.
+            call: its latest attempt.
+
+        Returns:
+            whether it does so.
+        """
+        refused = [(first, call)]
+        if self._ordered:
+            self._turns.appendleft(first)
+            latest = ((other, self._latest.get(other, other)) for other in self._turns)
+            refused += ((a, b) for a, b in latest if a is not first and b and self._refused(b))
+        self._refusals += len(refused)
+        went_well = self.started + self._repeated - len(self._undone) - self._refusals
+        postponed = [self._postpone_one(*one, went_well) for one in refused]
+        places = min(self.places, len(self._undone))
+        if went_well >= self._next_decrease:
+            places *= _DECREASE
+            self._next_decrease = went_well + places
+        self._set_places(max(places, 1))
+        if self._ordered and not postponed[0]:
+            self._turns.popleft()
+        return postponed[0]
+
+    def _postpone_one(self, first: Call, call: Call, went_well: int) -> bool:
+        error = call.failure
+        assert isinstance(error, RpcError)
+        self._again[call] = attempts = self._attempts_of(call)
+        pause = attempts.refused(error, trio.current_time() - call.failed_at, went_well)
+        if pause is None:
+            return False
+        self._number += 1
+        heappush(self.later, (call.failed_at + pause, self._number, first, call))
+        if self._ordered:
+            self._latest[first] = None
+        return True
+
+    def restart(self) -> bool:
+        """Begin the calls again whose time has come; return whether there were any."""
+        restarted, now = False, trio.current_time()
+        while self.later and self.later[0][0] <= now:
+            _, _, first, call = heappop(self.later)
+            restarted = True
+            try:
+                latest = self._replace(call, self._again.pop(call))
+                self._watch(latest)
+            except RpcError as error:
+                # It is made again in its turn, as one that failed so.
+                latest = call
+                latest.error, latest.failed_at = error, now
+                if not self._ordered:
+                    self._turns.append(latest)
+            if self._ordered:
+                self._latest[first] = latest
+            # The server had told that it would have a place.
+            self._set_places(max(self.places, len(self._undone)))
+        return restarted
+
+    def _set_places(self, places: float) -> None:
+        self.places = places
+        self._most_undone = min(self._limit, places)
 
     # Calls that failed are made again.
 
@@ -206,33 +320,35 @@ class Flight:
 
         In their own turn each would take a round trip by itself.
         """
-        replaced: dict[Call, Call] = {}
+        turns = self._turns
+        if not self._ordered:
+            self._turns = deque()
         now = trio.current_time()
-        for call in [one for one in self.calls if one.done and one.failed]:
-            error = call.failure
-            if not isinstance(error, RpcError) or call.failed_at + (error.retry_after or 0.0) > now:
-                continue
-            attempts = self._attempts_of(call)
-            if not attempts.follows(error):
-                self._again[call] = attempts
-                continue
-            try:
-                replaced[call] = again = self._replace(call, attempts)
-            except RpcError:
-                break  # they wait for their turn
-            if not self._ordered:
-                again.on_done = partial(self._note, again)
-            if self._tuned:
-                self._undone.append(None)
-                if self._ordered:
-                    again.on_done = self._pop
-        if not replaced:
-            return
-        if self._ordered:
-            self._turns = deque(replaced.get(one, one) for one in self._turns)
-        else:
-            self._turns = deque(one for one in self._turns if one not in replaced)
+        for first in turns:
+            call = self._latest.get(first, first)
+            again = None
+            if call is not None and call.done and call.failed:
+                again = self._follower(call, now)
+            if self._ordered and again is not None:
+                self._latest[first] = again
+            elif not self._ordered and again is None:
+                self._turns.append(first)
         self.wake()
+
+    def _follower(self, call: Call, now: float) -> Call | None:
+        error = call.failure
+        if not isinstance(error, RpcError) or call.failed_at + (error.retry_after or 0.0) > now:
+            return None
+        attempts = self._attempts_of(call)
+        if not attempts.follows(error):
+            self._again[call] = attempts
+            return None
+        try:
+            again = self._replace(call, attempts)
+        except RpcError:
+            return None  # it waits for its turn
+        self._watch(again)
+        return again
 
     def _attempts_of(self, call: Call) -> Attempts:
         attempts = self._again.pop(call, None)
@@ -253,19 +369,24 @@ class Flight:
         assert call.payload is not None
         again = self.stub.begin(call.payload)
         attempts.begun()
+        self._repeated += 1
         self._again[again] = self._again.pop(call)
         self.calls[again] = self.calls.pop(call)
         return again
 
     async def changed(self) -> None:
-        """Wait until there may be room, or a result to take."""
+        """Wait until there may be room, a result to take, or a call to restart."""
         if self._ordered and self._turns:
-            first = self._turns[0]
-            if first.on_done is None or first.on_done is self._pop:
-                first.on_done = partial(self._first_done, first.on_done)
+            first = self._latest.get(self._turns[0], self._turns[0])
+            if first is not None and first.on_done is self._pop:
+                first.on_done = self._first_done
         self._waiting += 1
         try:
-            await self._changed.park()
+            if not self.later:
+                await self._changed.park()
+                return
+            with trio.CancelScope(deadline=self.later[0][0]):
+                await self._changed.park()
         finally:
             self._waiting -= 1
 
@@ -280,16 +401,14 @@ class Flight:
             call.calls.abandon(call)
         self.calls.clear()
 
-    def _first_done(self, then: Callable[[], None] | None) -> None:
-        if then is not None:
-            then()
+    def _first_done(self) -> None:
+        self._pop()
         self.wake()
 
     def _note(self, call: Call) -> None:
         call.on_done = None
         self._turns.append(call)
-        if self._tuned:
-            self._pop()
+        self._pop()
         if self._waiting:
             self.wake()
 
@@ -314,7 +433,8 @@ class Flight:
         call.on_done = None
         then()
         if call.failed:
-            self._tuner, self._most_undone = None, 1  # the next tells
+            self._tuner = None  # the next tells
+            self._limit, self._most_undone = 1, min(1, self.places)
             self.wake()
             return
         tuner.first(trio.current_time() - began)
@@ -343,7 +463,8 @@ class Flight:
             self._expected = len(call.result)
 
     def _set_most(self, limit: int) -> None:
-        self._most_undone, self._most_calls = limit, _SLOTS * limit
+        self._limit, self._most_calls = limit, _SLOTS * limit
+        self._most_undone = min(limit, self.places)
 
 
 def _most(call: Call, connections: int) -> int:

@@ -42,6 +42,7 @@ class Attempts:
         "_sent",
         "_token",
         "_wait",
+        "_went_well",
         "made",
     )
 
@@ -57,6 +58,7 @@ class Attempts:
         self._renewed = False
         # What the attempt was made with; None if that isn't known, for one that was made before.
         self._token: Token | None = None
+        self._went_well = 0  # others, when this one was refused
         self._sent = sent  # once, at least
         self.made = sent  # this attempt was
 
@@ -123,6 +125,31 @@ class Attempts:
         self._failed += 1
         return True
 
+    def refused(self, error: RpcError, elapsed: float, went_well: int) -> float | None:
+        """Return the pause of a call that the server refused; None if it isn't made again.
+
+        It isn't charged to the retry budget: who asks sees to it that no more calls are made than
+        the server takes.
+
+        Args:
+            error: the refusal (`is_refusal`).
+            elapsed: seconds since then.
+            went_well: how many other calls of the same kind have. If that has grown since it was
+                refused before, the attempts are counted anew.
+        """
+        if went_well > self._went_well:
+            self._failed, self._went_well = 0, went_well
+        if self._retry is None or self._endpoints.over:
+            return None
+        pause = self._retry.pause(self._failed + 1, random.random(), error.retry_after)
+        if pause is None:
+            return None
+        if trio.current_time() + pause - elapsed >= trio.current_effective_deadline():
+            return None
+        self._failed += 1
+        self.made = False
+        return pause
+
     def _may_renew(self, error: RpcError) -> bool:
         """Whether the call may be made again with a new token, which it may once."""
         tokens = self._endpoints.tokens
@@ -155,6 +182,12 @@ class Attempts:
         if not self._endpoints.may_retry(retry, calls):
             raise error
         await trio.sleep(pause)
+
+
+def is_refusal(error: RpcError) -> bool:
+    """Whether a server has too many calls, and has told when it takes this one."""
+    busy = error.status is Status.RESOURCE_EXHAUSTED and error.not_started
+    return busy and error.retry_after is not None
 
 
 def may_fare_better(error: RpcError, *, idempotent: bool) -> bool:

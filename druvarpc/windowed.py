@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import trio
 
 from druvarpc.errors import ConnectionLost
-from druvarpc.flight import PORTION, Flight
+from druvarpc.flight import LATER, PORTION, Flight
 from druvarpc.pipe import closing
 from druvarpc.stubs import InterceptedUnary, unary_method
 from druvarpc.windowed_within import windowed_within
@@ -43,6 +43,11 @@ def windowed(
     Results that wait to be taken are beside that as many again at most, and arguments and results
     together some 24 MiB, or 16 calls if those are more. With a stub that has interceptors it is a
     window of 256 calls.
+
+    A server that has too many calls may refuse some and name a time (`RpcError.retry_after`): they
+    begin again then. That isn't charged to the retry budget, since from then on the window is no
+    wider than what the server took; it widens again by one call for each window of calls that went
+    well. It fails when a call has been refused `Retry.attempts` times while none went well.
 
     Args:
         method: a unary method of a stub.
@@ -86,13 +91,16 @@ async def _results(
                 if not await flight.resume():
                     source = None
                     feeding.cancel()
+            elif flight.later and flight.restart():
+                await trio.lowlevel.checkpoint_if_cancelled()
             elif source is not None and flight.has_room:
                 if not flight.fill(source):
                     source = None
                 elif flight.has_room:
                     await trio.lowlevel.checkpoint()
             elif flight.ready:
-                yield await flight.take()
+                if (result := await flight.take()) is not LATER:
+                    yield result
             elif flight.calls or not fed.is_set():
                 await flight.changed()
             else:

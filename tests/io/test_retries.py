@@ -696,6 +696,67 @@ async def test_a_window_at_a_server_with_too_few_places_is_as_fast_as_tasks(
         assert client.statistics().calls_retried < 100
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("window", [None, 5000])
+async def test_a_wide_window_narrows_to_the_places_of_its_server(autojump_clock, window, ordered):
+    """All calls are made, however many the window began with, at the rate of the server."""
+    limits = druvarpc.Limits(total_calls=200)
+    async with connected([Crowded()], server_limits=limits) as client:
+        names = [f"{number}" for number in range(20_000)]
+        results = druvarpc.windowed(client.stub(Fickle).do, names, window=window, ordered=ordered)
+        start = now()
+        got = await collect(results)
+        assert got == names or (not ordered and sorted(got) == sorted(names))
+        # 200 at a time take 2 s; until some of the first have ended the server doesn't know how
+        # long they take, and asks the others to wait for longer than need be.
+        assert now() - start < 2 * 20_000 / 200 * 0.02 + 5 * (window is not None)
+        # Beside the first window no more than the budget allows other calls.
+        assert client.statistics().calls_retried < (window or 1024) + 20_000 * Retry().budget
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_two_windows_share_the_places_of_a_server(autojump_clock, ordered):
+    limits = druvarpc.Limits(total_calls=50)
+    async with connected([Crowded()], server_limits=limits) as client:
+        names = [f"{number}" for number in range(2000)]
+
+        async def work() -> None:
+            results = druvarpc.windowed(client.stub(Fickle).do, names, window=200, ordered=ordered)
+            assert sorted(await collect(results)) == sorted(names)
+
+        start = now()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(work)
+            nursery.start_soon(work)
+        assert now() - start < 2 * 4000 / 50 * 0.02
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_refused_calls_whose_connection_is_lost_meanwhile_begin_on_the_next(
+    autojump_clock, ordered
+):
+    class Slow(Fickle):
+        async def get(self, name: str) -> str:
+            await trio.sleep(0.3)
+            return name
+
+    link = Link(rtt=0.01)
+    limits = druvarpc.Limits(total_calls=1)
+    retry = Retry(attempts=10)  # it doesn't know how long calls take
+    async with connected([Slow()], link=link, server_limits=limits, retry=retry) as client:
+
+        async def cut() -> None:
+            await trio.sleep(0.05)
+            link.cut()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cut)
+            names = ["a", "b", "c"]
+            results = druvarpc.windowed(client.stub(Fickle).get, names, ordered=ordered)
+            assert sorted(await collect(results)) == names
+        assert now() < 3
+
+
 class Turns(Fickle):
     """Takes 5 s for the call "long"; refuses others at first, with a pause of 3 s."""
 
