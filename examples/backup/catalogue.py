@@ -4,6 +4,12 @@ What a transaction here has committed names nothing that is not durable: packs a
 is durable itself, but for `add`, which is with the next of the others. `interfaces.CatalogueStore`
 says what each method promises, `database` how the file is kept.
 
+A chunk's id has its row at a random place, so that adding a few chunks writes about as many pages
+of the file, and adding many does not write many more. So additions can be gathered: `find` and
+`add_pages` find them in memory, all else that has to do with chunks or packs writes them first. The
+end of a pack is written with them: of those that a kill loses, the next opening finds the records
+beyond it.
+
 Pages are shared: a snapshot names the pages that it took over from its base, so an unchanged tree
 costs a few integers. Pages, snapshots, packs and facts have a digest of their own, so that damage
 is found where it is read or by `check`, whatever SQLite makes of it; a chunk's row is compared with
@@ -11,7 +17,9 @@ its record. Facts, of which the tenant's key is one, are kept twice.
 """
 
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -32,6 +40,9 @@ BATCH = 500
 # How often each fact is kept.
 COPIES = 2
 
+# A chunk's row as it is added: id, pack, offset, length, size.
+_Row = tuple[bytes, int, int, int, int]
+
 _STORED = "id, pack, offset, length, size, condemned, lost"
 _SNAPSHOT = "id, name, created_ns, entries, files, size, chunks"
 _USE = "number, ends, used, chunks, content"
@@ -44,13 +55,20 @@ class Catalogue:
     Args:
         path: The file, made if it does not exist.
         files: What reads and writes its checksums.
+        gather: How many additions may wait in memory to be written.
 
     Raises:
         CatalogueError: It cannot be opened, is no catalogue, or one of another version.
     """
 
-    def __init__(self, path: Path, files: Files = FILES) -> None:
+    def __init__(self, path: Path, files: Files = FILES, *, gather: int = 0) -> None:
         self._database = Database(path, files)
+        self._gather = gather
+        # Held while additions are gathered or written. It comes before the database's own locks.
+        self._adding = threading.Lock()
+        self._waiting: list[_Row] = []
+        # The same by id, the first of each: read without the lock, so made anew to be emptied.
+        self._gathered: dict[bytes, _Row] = {}
         try:
             self._create()
         except BaseException:
@@ -59,43 +77,36 @@ class Catalogue:
 
     def find(self, ids: Sequence[bytes]) -> dict[bytes, Stored]:
         found: dict[bytes, Stored] = {}
+        # Before the database is asked: what is written meanwhile is found in one of both.
+        gathered = self._gathered
+        waiting = [gathered[id] for id in ids if id in gathered]
         for batch in _batches(ids):
             with self._database.reading() as db:
                 rows = db.execute(
                     f"SELECT {_STORED} FROM chunks WHERE id IN ({_marks(batch)})", batch
                 ).fetchall()
             found.update((row[0], _stored(row)) for row in rows)
+        for row in waiting:
+            if row[0] not in found or found[row[0]].lost:
+                found[row[0]] = _stored((*row, 0, 0))
         return found
 
     def add(self, chunks: Iterable[tuple[Chunk, Location]]) -> None:
-        rows: dict[bytes, tuple[bytes, int, int, int, int]] = {}
-        ends: dict[int, int] = {}
-        for chunk, where in chunks:
-            row = (chunk.id, where.pack, where.offset, where.length, chunk.size)
-            rows.setdefault(chunk.id, row)
-            ends[where.pack] = max(ends.get(where.pack, 0), where.offset + where.length)
-        with self._database.writing(durable=False) as db:
-            for batch in _batches(list(rows)):
-                known = f"SELECT {_STORED} FROM chunks WHERE id IN ({_marks(batch)})"
-                for stored in map(_stored, db.execute(known, batch).fetchall()):
-                    if stored.lost:
-                        db.execute("DELETE FROM chunks WHERE id = ?", (stored.id,))
-                        where = stored.where
-                        _use(db, where.pack, -where.length, -1, -stored.size)
-                    else:
-                        del rows[stored.id]
-            db.executemany(
-                "INSERT INTO chunks (id, pack, offset, length, size) VALUES (?, ?, ?, ?, ?)",
-                rows.values(),
-            )
-            for pack, end in ends.items():
-                added = [row for row in rows.values() if row[1] == pack]
-                used, content = sum(row[3] for row in added), sum(row[4] for row in added)
-                _begin_pack(db, pack)
-                _use(db, pack, used, len(added), content, end)
+        rows: list[_Row] = [
+            (chunk.id, where.pack, where.offset, where.length, chunk.size)
+            for chunk, where in chunks
+        ]
+        with self._adding:
+            if len(self._waiting) + len(rows) > self._gather:
+                self._write([*self._waiting, *rows])
+                return
+            self._database.refuse_if_damaged()
+            self._waiting += rows
+            for row in rows:
+                self._gathered.setdefault(row[0], row)
 
     def chunks(self, after: bytes, limit: int) -> list[Stored]:
-        with self._database.reading() as db:
+        with self._reading() as db:
             return [
                 _stored(row)
                 for row in db.execute(
@@ -104,36 +115,36 @@ class Catalogue:
             ]
 
     def condemn(self, ids: Sequence[bytes], generation: int) -> None:
-        with self._database.writing() as db:
+        with self._writing() as db:
             db.executemany(
                 "UPDATE chunks SET condemned = ? WHERE id = ? AND NOT condemned",
                 [(generation, id) for id in ids],
             )
 
     def revive(self, ids: Sequence[bytes]) -> None:
-        with self._database.writing() as db:
+        with self._writing() as db:
             db.executemany("UPDATE chunks SET condemned = 0 WHERE id = ?", [(id,) for id in ids])
 
     def condemned(self) -> int:
-        with self._database.reading() as db:
+        with self._reading() as db:
             count: int
             (count,) = db.execute("SELECT count(*) FROM chunks WHERE condemned > 0").fetchone()
         return count
 
     def lost(self) -> set[bytes]:
-        with self._database.reading() as db:
+        with self._reading() as db:
             return {id for (id,) in db.execute("SELECT id FROM chunks WHERE lost")}
 
     def set_lost(self, stored: Stored, lost: bool) -> None:
         where = stored.where
-        with self._database.writing() as db:
+        with self._writing() as db:
             db.execute(
                 "UPDATE chunks SET lost = ? WHERE id = ? AND pack = ? AND offset = ?",
                 (lost, stored.id, where.pack, where.offset),
             )
 
     def begin_pack(self, number: int) -> None:
-        with self._database.writing() as db:
+        with self._writing() as db:
             _begin_pack(db, number)
             _set_fact(db, "last pack", number)
 
@@ -141,12 +152,12 @@ class Catalogue:
         return max(int(self._fact("last pack") or 0), *(use.number for use in self.packs()), 0)
 
     def packs(self) -> list[PackUse]:
-        with self._database.reading() as db:
+        with self._reading() as db:
             rows = db.execute(f"SELECT {_USE} FROM packs ORDER BY number")
             return [PackUse(*row) for row in rows]
 
     def in_pack(self, number: int, offset: int, limit: int) -> list[Stored]:
-        with self._database.reading() as db:
+        with self._reading() as db:
             rows = db.execute(
                 f"SELECT {_STORED} FROM chunks WHERE pack = ? AND offset >= ?"
                 " ORDER BY offset LIMIT ?",
@@ -156,7 +167,7 @@ class Catalogue:
 
     def sweep(self, number: int, generation: int) -> tuple[int, int]:
         which = "FROM chunks WHERE pack = ? AND condemned > 0 AND condemned <= ?"
-        with self._database.writing() as db:
+        with self._writing() as db:
             count: int
             length: int
             count, length, content = db.execute(
@@ -169,7 +180,7 @@ class Catalogue:
         return count, length
 
     def move(self, moves: Sequence[tuple[Stored, Location]]) -> None:
-        with self._database.writing() as db:
+        with self._writing() as db:
             for stored, to in moves:
                 old = stored.where
                 moved = db.execute(
@@ -183,7 +194,7 @@ class Catalogue:
                     _use(db, old.pack, -old.length, -1, -stored.size)
 
     def end_pack(self, number: int) -> None:
-        with self._database.writing() as db:
+        with self._writing() as db:
             db.execute(
                 "DELETE FROM packs WHERE number = ?"
                 " AND NOT EXISTS (SELECT 1 FROM chunks WHERE pack = number)",
@@ -191,8 +202,11 @@ class Catalogue:
             )
 
     def add_pages(self, pages: Sequence[Page]) -> list[int]:
-        ids = list({id for page in pages for id in page.ids()})
+        # As in `find`. What waits is not condemned.
+        gathered = self._gathered
+        ids = [id for id in {id for page in pages for id in page.ids()} if id not in gathered]
         numbers = []
+        # It need not be written first: without a snapshot, these pages are garbage after a crash.
         with self._database.writing() as db:
             known: dict[bytes, int] = {}
             for batch in _batches(ids):
@@ -242,11 +256,11 @@ class Catalogue:
             return {number for (number,) in rows}
 
     def remove_pages(self, keys: Sequence[int]) -> None:
-        with self._database.writing() as db:
+        with self._writing() as db:
             db.executemany("DELETE FROM pages WHERE number = ?", [(key,) for key in keys])
 
     def commit(self, snapshot: Snapshot, pages: Sequence[int]) -> None:
-        with self._database.writing() as db:
+        with self._writing() as db:
             row = _values(snapshot)
             added = db.execute(
                 f"INSERT INTO snapshots (digest, {_SNAPSHOT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -279,21 +293,21 @@ class Catalogue:
         return pages
 
     def remove_snapshots(self, ids: Sequence[str]) -> None:
-        with self._database.writing() as db:
+        with self._writing() as db:
             db.executemany("DELETE FROM snapshots WHERE id = ?", [(id,) for id in ids])
 
     def generation(self) -> int:
         return int(self._fact("generation") or 1)
 
     def set_generation(self, generation: int) -> None:
-        with self._database.writing() as db:
+        with self._writing() as db:
             _set_fact(db, "generation", generation)
 
     def key(self) -> bytes:
         return bytes(self._fact("key") or b"")
 
     def set_key(self, wrapped: bytes) -> None:
-        with self._database.writing() as db:
+        with self._writing() as db:
             if _facts(db, "key"):
                 raise KeyExists("there is a key already")
             if db.execute("SELECT 1 FROM chunks UNION ALL SELECT 1 FROM pages LIMIT 1").fetchone():
@@ -301,6 +315,7 @@ class Catalogue:
             _set_fact(db, "key", wrapped)
 
     def check(self) -> list[str]:
+        self._settle()
         found = self._database.check()
         with self._database.reading() as db:
             for number, ends, used, count, content, digest in db.execute(
@@ -314,7 +329,59 @@ class Catalogue:
         return found
 
     def close(self) -> None:
+        # What cannot be written is found in the packs, as after a crash.
+        with suppress(CatalogueError):
+            self._settle()
         self._database.close()
+
+    def _settle(self) -> None:
+        """Writes the additions that wait."""
+        with self._adding:
+            if self._waiting:
+                self._write(self._waiting)
+
+    def _write(self, added: list[_Row]) -> None:
+        """Writes additions, all that wait among them, which then no longer do."""
+        rows: dict[bytes, _Row] = {}
+        ends: dict[int, int] = {}
+        for row in added:
+            id, pack, offset, length, _ = row
+            rows.setdefault(id, row)
+            ends[pack] = max(ends.get(pack, 0), offset + length)
+        with self._database.writing(durable=False) as db:
+            for batch in _batches(list(rows)):
+                known = f"SELECT {_STORED} FROM chunks WHERE id IN ({_marks(batch)})"
+                for stored in map(_stored, db.execute(known, batch).fetchall()):
+                    if stored.lost:
+                        db.execute("DELETE FROM chunks WHERE id = ?", (stored.id,))
+                        where = stored.where
+                        _use(db, where.pack, -where.length, -1, -stored.size)
+                    else:
+                        del rows[stored.id]
+            db.executemany(
+                "INSERT INTO chunks (id, pack, offset, length, size) VALUES (?, ?, ?, ?, ?)",
+                rows.values(),
+            )
+            for pack, end in ends.items():
+                mine = [row for row in rows.values() if row[1] == pack]
+                used, content = sum(row[3] for row in mine), sum(row[4] for row in mine)
+                _begin_pack(db, pack)
+                _use(db, pack, used, len(mine), content, end)
+        self._waiting, self._gathered = [], {}
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """For questions about chunks and packs."""
+        self._settle()
+        with self._database.reading() as db:
+            yield db
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """For all changes but additions, which are durable with this."""
+        self._settle()
+        with self._database.writing() as db:
+            yield db
 
     def _fact(self, name: str) -> int | bytes | None:
         with self._database.reading() as db:

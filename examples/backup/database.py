@@ -92,8 +92,7 @@ class Database:
                 machine, though not in one of the process.
         """
         with self._write_lock, _translated():
-            if self._checkpoints.damage:
-                raise CatalogueError(self._checkpoints.damage)
+            self.refuse_if_damaged()
             # NORMAL does not wait for the disk at the end of a transaction.
             self._write.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._write.execute("BEGIN IMMEDIATE")
@@ -115,6 +114,11 @@ class Database:
         """A connection to ask questions; cursors are not to outlive the block."""
         with self._read_lock, _translated():
             yield self._read
+
+    def refuse_if_damaged(self) -> None:
+        """Raises CatalogueError if the log is known to be damaged, so that nothing is written."""
+        if self._checkpoints.damage:
+            raise CatalogueError(self._checkpoints.damage)
 
     def check(self) -> list[str]:
         """Returns what is damaged of the file, and of its checksums: one line each."""

@@ -11,6 +11,10 @@ from .errors import StoreLocked
 from .files import FILES, Files
 from .packs import PACK_LIMIT, Packs
 
+# Chunks that are in packs, and wait in memory to be in the catalogue: what a kill leaves to be read
+# again at the start.
+GATHERED = 1000
+
 
 class Directory:
     """What a store in a directory is made of.
@@ -30,7 +34,7 @@ class Directory:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.enter_context(_locked(path / "lock"))
-            self.catalogue = Catalogue(path / "catalogue.sqlite", files)
+            self.catalogue = Catalogue(path / "catalogue.sqlite", files, gather=GATHERED)
             stack.callback(self.catalogue.close)
             self.packs = Packs(
                 path / "packs",

@@ -121,8 +121,8 @@ class PackStore(Protocol):
 class CatalogueStore(Protocol):
     """What is where. What a method has changed is durable when it returns, and whole or not at all.
 
-    But for `add`, of which a crash of the machine may undo the last ones. Every method may raise
-    CatalogueError.
+    But for `add`, of which a kill or a crash of the machine may undo the last ones: whoever opens a
+    store adds again what packs have beyond their ends. Every method may raise CatalogueError.
     """
 
     # Chunks.
@@ -134,7 +134,7 @@ class CatalogueStore(Protocol):
     def add(self, chunks: Iterable[tuple[Chunk, Location]]) -> None:
         """Adds chunks and where they are. One that is known, and not lost, stays as it is.
 
-        It is durable at the latest when the next change by another method is.
+        It is durable at the latest when the next change by another method is, but for `add_pages`.
         """
         ...
 

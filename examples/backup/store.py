@@ -3,14 +3,14 @@
 The order of writes is what makes it safe to kill at any moment: a pack is in the catalogue before
 it is made; chunks are in a pack, and the pack is synced, before the catalogue says so and a put is
 acknowledged; a snapshot becomes visible after everything it names. Removing goes the other way: see
-`collect`. The catalogue does not wait for the disk where it takes in chunks, since their records
-have all that it says of them: what a crash of the machine may have undone is read again from the
-ends of the packs when the store is opened. A crash leaves bytes in a pack that nobody names, and
-nothing else.
+`collect`. The catalogue gathers in memory the chunks that it takes in, and does not wait for the
+disk with them, since their records have all that it says of them: what a kill or a crash of the
+machine has undone is read again from the ends of the packs when the store is opened. A crash leaves
+bytes in a pack that nobody names, and nothing else.
 
 Waiting for the disk is what a put costs, so puts share it. Each queues its chunks and waits for its
-turn; whoever has the turn stores all that is queued, with one sync and one transaction, and those
-behind it find their chunks stored. As turns exclude each other, a chunk that is put several times
+turn; whoever has the turn stores all that is queued, with one sync, and those behind it find
+their chunks stored. As turns exclude each other, a chunk that is put several times
 at once is stored once.
 """
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from examples.backup.catalogue import Catalogue
 from examples.backup.database import LOG_LIMIT, Database
-from examples.backup.errors import CatalogueError, KeyExists
+from examples.backup.errors import CatalogueError, KeyExists, UnknownChunks
 from examples.backup.interfaces import Location
 from examples.backup.snapshots import Snapshot
 from tests.examples.stores import chunk, ids, page_of
@@ -179,6 +180,107 @@ def test_writing_over_a_damaged_page_does_not_hide_it(filled):
         with opened(filled) as catalogue:
             catalogue.set_generation(generation)
             assert catalogue.check() == [f"catalogue.sqlite: page {root} is damaged"]
+
+
+def written(path: Path) -> int:
+    """Returns how many chunks the file has, as another process sees it."""
+    with closing(sqlite3.connect(path)) as db:
+        (count,) = db.execute("SELECT count(*) FROM chunks").fetchone()
+        return int(count)
+
+
+def test_additions_are_gathered_up_to_a_bound_and_found_meanwhile(path):
+    with closing(Catalogue(path, gather=10)) as catalogue:
+        for seed in range(10):
+            add(catalogue, seed)
+            assert written(path) == 0
+            assert list(catalogue.find(ids(99, *range(seed + 1)))) == ids(*range(seed + 1))
+        add(catalogue, 10)
+        assert written(path) == 11
+        add(catalogue, *range(11, 21))
+        assert written(path) == 11
+        add(catalogue, *range(21, 41))
+        assert written(path) == 41
+        add(catalogue, 41)
+        assert len(catalogue.find(ids(*range(50)))) == 42
+    assert written(path) == 42
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda catalogue: catalogue.chunks(b"", 9),
+        lambda catalogue: catalogue.condemn(ids(1), 1),
+        lambda catalogue: catalogue.revive(ids(1)),
+        lambda catalogue: catalogue.condemned(),
+        lambda catalogue: catalogue.lost(),
+        lambda catalogue: catalogue.set_lost(catalogue.find(ids(1))[ids(1)[0]], True),
+        lambda catalogue: catalogue.begin_pack(2),
+        lambda catalogue: catalogue.last_pack(),
+        lambda catalogue: catalogue.packs(),
+        lambda catalogue: catalogue.in_pack(1, 0, 9),
+        lambda catalogue: catalogue.sweep(1, 1),
+        lambda catalogue: catalogue.move([]),
+        lambda catalogue: catalogue.end_pack(1),
+        lambda catalogue: catalogue.commit(Snapshot("id", "name", 1, 2, 3, 4, 5), []),
+        lambda catalogue: catalogue.set_generation(2),
+        lambda catalogue: catalogue.check(),
+        lambda catalogue: catalogue.close(),
+    ],
+)
+def test_whatever_comes_after_additions_writes_them(path, act):
+    with closing(Catalogue(path, gather=10)) as catalogue:
+        add(catalogue, 1, 2)
+        assert written(path) == 0
+        act(catalogue)
+        assert written(path) == 2
+
+
+def test_pages_may_name_what_waits(path):
+    with closing(Catalogue(path, gather=10)) as catalogue:
+        add(catalogue, 1, 2)
+        keys = catalogue.add_pages([page_of(1, 2)])
+        with pytest.raises(UnknownChunks):
+            catalogue.add_pages([page_of(1, 3)])
+        assert written(path) == 0
+        catalogue.commit(Snapshot("id", "name", 1, 2, 3, 4, 5), keys)
+        assert written(path) == 2
+
+
+def test_additions_that_cannot_be_written_wait_on(path):
+    with closing(Catalogue(path, gather=2)) as catalogue:
+        add(catalogue, 1, 2)
+        with closing(sqlite3.connect(path)) as db, db:
+            refuse = "CREATE TRIGGER refuse BEFORE INSERT ON chunks BEGIN"
+            db.execute(f"{refuse} SELECT RAISE(ABORT, 'refused'); END")
+        for act in (lambda: add(catalogue, 3), catalogue.packs, lambda: catalogue.begin_pack(2)):
+            with pytest.raises(CatalogueError, match="refused"):
+                act()
+        # What failed is not there, and the rest still is.
+        assert list(catalogue.find(ids(1, 2, 3))) == ids(1, 2)
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("DROP TRIGGER refuse")
+        assert [(use.number, use.chunks) for use in catalogue.packs()] == [(1, 2)]
+        assert written(path) == 2
+
+
+def test_threads_find_what_others_add_whenever_it_is_written(path):
+    with closing(Catalogue(path, gather=20)) as catalogue, ThreadPoolExecutor(4) as pool:
+
+        def fill(first: int) -> bool:
+            for seed in range(first, 400, 4):
+                add(catalogue, seed)
+                if list(catalogue.find(ids(seed))) != ids(seed):
+                    return False
+                if seed % 7 == 0:
+                    catalogue.add_pages([page_of(seed)])
+                if seed % 31 == 0:
+                    catalogue.packs()
+            return True
+
+        assert all(pool.map(fill, range(4)))
+        assert len(catalogue.find(ids(*range(400)))) == 400
+        assert [use.chunks for use in catalogue.packs()] == [400]
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ PACKS: dict[str, Callable[[Path], PackStore]] = {
 }
 CATALOGUES: dict[str, Callable[[Path], CatalogueStore]] = {
     "sqlite": lambda place: Catalogue(place / "catalogue.sqlite"),
+    "sqlite, gathering": lambda place: Catalogue(place / "catalogue.sqlite", gather=100),
     "memory": lambda _: MemoryCatalogue(),
 }
 

@@ -1,9 +1,11 @@
 """A store: chunks and snapshots through it, many threads, and death at any moment."""
 
 import random
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -209,6 +211,30 @@ def test_what_the_catalogue_lost_in_a_crash_of_the_machine_is_read_from_the_pack
         assert there(store, range(1, 12)) == list(range(1, 12))
 
 
+def test_what_a_kill_kept_from_the_catalogue_is_read_from_the_packs(tmp_path):
+    """Copies of the directory stand for what a kill leaves."""
+    with Store(tmp_path / "living") as store:
+        put(store, range(10))
+        draft = store.begin("name")
+        draft.add([pages.encode([ROOT]), page_of(*range(10))])
+        put(store, range(10, 20))
+        shutil.copytree(tmp_path / "living", tmp_path / "1")
+        snapshot = draft.commit()
+        put(store, range(20, 30))
+        shutil.copytree(tmp_path / "living", tmp_path / "2")
+    for number, kept, snapshots in (1, 20, []), (2, 30, [snapshot]):
+        with closing(Catalogue(tmp_path / f"{number}" / "catalogue.sqlite")) as catalogue:
+            assert len(catalogue.find(ids(*range(30)))) < kept
+        with Store(tmp_path / f"{number}") as store:
+            assert store.snapshots() == snapshots
+            assert there(store, range(30)) == list(range(kept))
+            assert [found.damage for found in store.verify() if found.damage] == []
+            list(store.collect())
+            put(store, range(10))
+            commit(store, "again", range(10))
+            assert list(store.read_chunks(ids(*range(10)))) == [chunk(n) for n in range(10)]
+
+
 WRITER = """
 import os
 import sys
@@ -219,7 +245,7 @@ from examples.backup.chunks import Codec, chunk_id
 from examples.backup.directory import Directory
 from examples.backup.store import Store
 
-store = Store(Directory(Path(sys.argv[1]), pack_limit=2_000))
+store = Store(Directory(Path(sys.argv[1]), pack_limit=int(sys.argv[3])))
 
 def put(number):
     content = number.to_bytes(4, "big")
@@ -231,11 +257,13 @@ with ThreadPoolExecutor(4) as pool:
 """
 
 
-def test_what_was_acknowledged_survives_being_killed(tmp_path):
+# With the smaller, packs are begun all the time; with the larger, additions wait to be written.
+@pytest.mark.parametrize("pack_limit", [2_000, 1_000_000])
+def test_what_was_acknowledged_survives_being_killed(tmp_path, pack_limit):
     acknowledged: list[bytes] = []
     for run in range(5):
         with subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path), str(run * 10_000)],
+            [sys.executable, "-c", WRITER, str(tmp_path), str(run * 10_000), str(pack_limit)],
             stdout=subprocess.PIPE,
             cwd=Path(__file__).parents[2],
         ) as process:
