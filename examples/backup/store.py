@@ -9,9 +9,9 @@ machine has undone is read again from the ends of the packs when the store is op
 bytes in a pack that nobody names, and nothing else.
 
 Waiting for the disk is what a put costs, so puts share it. Each queues its chunks and waits for its
-turn; whoever has the turn stores all that is queued, with one sync, and those behind it find
-their chunks stored. As turns exclude each other, a chunk that is put several times
-at once is stored once.
+turn; whoever has the turn stores all that is queued, with one sync, and those behind it find their
+chunks stored. As turns exclude each other, a chunk that is put several times at once is stored
+once.
 """
 
 import resource
@@ -76,7 +76,7 @@ class Parts(Protocol):
 class _Put:
     """Chunks that wait to be stored; then how many were new, or why they are not stored."""
 
-    chunks: list[Chunk]
+    chunks: Sequence[Chunk]
     settled: bool = False
     stored: int | None = None
     error: OSError | BackupError | None = None
@@ -142,12 +142,9 @@ class Store:
         """
         with self._queue_lock:
             self._received += sum(chunk.size for chunk in chunks)
-        new = [chunks[position] for position in self.missing([chunk.id for chunk in chunks])]
-        for chunk in new:
+        for chunk in chunks:
             self._check(chunk)
-        if not new:
-            return 0
-        put = _Put(new)
+        put = _Put(chunks)
         with self._queue_lock:
             self._queue.append(put)
         with self._turn:
