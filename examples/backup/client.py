@@ -229,6 +229,7 @@ class _Run:
             following,
             options.excluded,
             name,
+            threads=os.cpu_count() or 1,
         )
         self._watch(reader.progress)
         async with batches, trio.open_nursery() as nursery:

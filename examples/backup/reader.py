@@ -5,19 +5,25 @@ has acknowledged it. Only the ids of recent chunks are remembered, so that a chu
 where it occurs several times. One that was forgotten is offered again, and the server will say that
 it has it.
 
+Reading, cutting and hashing are done by several threads: small files some at a time, of large ones
+the hashing. One thread goes ahead of them, takes what they have read in the order of the tree, and
+makes pages and batches of it.
+
 What is as it was in the last snapshot (see `cache`) is not opened. The server has its chunks: it
 keeps the last snapshot, as the new one's base, until the new one is there.
 """
 
 import os
 import stat
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 from . import tree
 from .cache import Known, LastSnapshot, NextCache, Stat, facts
-from .chunks import Codec, split
+from .chunks import BLOCK_SIZE, Codec, split
 from .crypt import Box
 from .links import Links
 from .manifest import Sums, manifest
@@ -38,6 +44,19 @@ REMEMBERED = 256 * 1024
 # A file's blocks are counted in this unit, whatever the file system's (stat(2)).
 STAT_BLOCK = 512
 
+# Files up to this size, in bytes, are read some at a time, so many that they have that size
+# together, or this number.
+SMALL = 1024 * 1024
+SMALL_FILES = 64
+
+# Work that is under way beside what each thread is doing: enough that none waits for more.
+AHEAD = 2
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+Content = bytes | memoryview
+
 
 @dataclass
 class Batch:
@@ -52,7 +71,7 @@ class Batch:
     """
 
     pages: list[Page | int] = field(default_factory=list)
-    contents: dict[bytes, bytes | memoryview] = field(default_factory=dict)
+    contents: dict[bytes, Content] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     size: int = 0
 
@@ -74,6 +93,53 @@ class Progress:
     path: bytes = b""
 
 
+class _Piece(NamedTuple):
+    """A chunk or a hole of a file."""
+
+    id: bytes
+    size: int
+    content: Content = b""
+
+
+class _Read(NamedTuple):
+    """What was read of a small file, or why it was not."""
+
+    told: Stat
+    entry: Entry
+    status: os.stat_result
+    after: os.stat_result
+    pieces: list[_Piece]
+    notes: list[str]
+
+
+class _Small:
+    """Small files that are read together."""
+
+    def __init__(self) -> None:
+        self.files: list[Found] = []
+        self.size = 0
+        self.read: Future[list[_Read | OSError]] | None = None
+
+    def add(self, found: Found) -> int:
+        """Adds a file; returns its position."""
+        self.files.append(found)
+        self.size += found.status.st_size
+        return len(self.files) - 1
+
+    @property
+    def full(self) -> bool:
+        return self.size >= SMALL or len(self.files) >= SMALL_FILES
+
+
+class _Next(NamedTuple):
+    """What comes next in the tree."""
+
+    found: Found | Skipped
+    known: list[Known]
+    small: _Small | None = None
+    position: int = 0
+
+
 class Reader:
     """Reads a tree, once.
 
@@ -86,6 +152,7 @@ class Reader:
         cache: Takes what is to be known of this one.
         excluded: See `tree.scan`.
         name: What the snapshot will be called.
+        threads: How many read.
     """
 
     def __init__(
@@ -98,7 +165,10 @@ class Reader:
         cache: NextCache,
         excluded: Callable[[bytes, bool], bool] | None = None,
         name: str = "",
+        threads: int = 1,
     ) -> None:
+        self._threads = threads
+        self._most_reading = threads + AHEAD
         self._root = root
         self._name = name
         self._sums = Sums()
@@ -126,22 +196,56 @@ class Reader:
             OSError: The root is no directory, or cannot be read.
             CacheDamaged: The last snapshot's.
         """
-        for found in tree.scan(self._root, self._excluded, self._links):
-            if isinstance(found, Skipped):
-                self._batch.skipped.append(found)
-                continue
-            if abs(found.status.st_mtime_ns) > MAX_TIME:
-                self._skip(found.path, "a time that is out of range: the nearest one is stored")
-            if known := self._last.find(found):
-                self._known(found, known)
-            elif stat.S_ISREG(found.status.st_mode) and not found.link:
-                self._file(found)
-            else:
-                self._other(found)
+        with ThreadPoolExecutor(self._threads, "reader") as self._pool:
+            try:
+                for following in self._scan_ahead():
+                    self._take(following)
+            finally:
+                self._pool.shutdown(cancel_futures=True)
         self._next_page()
         if self._box is not None:
             self._batch.pages.append(manifest(self._name, self._sums, self._box))
         self._next_batch()
+
+    def _scan_ahead(self) -> Iterator[_Next]:
+        """Yields all that is found, while small files that come later are read."""
+        waiting = deque[_Next]()
+        small, reading = _Small(), 0
+        for found in tree.scan(self._root, self._excluded, self._links):
+            known = [] if isinstance(found, Skipped) else self._last.find(found)
+            if known or isinstance(found, Skipped) or not _is_small(found):
+                waiting.append(_Next(found, known))
+            else:
+                waiting.append(_Next(found, known, small, small.add(found)))
+            # What others are links of depends on what is read of it.
+            linked = isinstance(found, Found) and _is_linked(found)
+            if small.full or (linked and small.files):
+                small.read = self._pool.submit(self._read_small, small.files)
+                small, reading = _Small(), reading + 1
+            while waiting and (linked or waiting[0].small is None or reading > self._most_reading):
+                yield (following := waiting.popleft())
+                if following.small and following.position == len(following.small.files) - 1:
+                    reading -= 1
+        if small.files:
+            small.read = self._pool.submit(self._read_small, small.files)
+        yield from waiting
+
+    def _take(self, following: _Next) -> None:
+        found = following.found
+        if isinstance(found, Skipped):
+            self._batch.skipped.append(found)
+            return
+        if abs(found.status.st_mtime_ns) > MAX_TIME:
+            self._skip(found.path, "a time that is out of range: the nearest one is stored")
+        if following.known:
+            self._known(found, following.known)
+        elif following.small is not None:
+            assert following.small.read is not None
+            self._small(found, following.small.read.result()[following.position])
+        elif stat.S_ISREG(found.status.st_mode) and not found.link:
+            self._large(found)
+        else:
+            self._other(found)
 
     def _known(self, found: Found, pieces: list[Known]) -> None:
         for known in pieces:
@@ -169,24 +273,69 @@ class Reader:
             self._count(found.path, entry.size)
         self._end(found.path)
 
-    def _file(self, found: Found) -> None:
-        path = found.path
+    def _read_small(self, files: list[Found]) -> list[_Read | OSError]:
+        """Reads files, in one of the threads."""
+        return [self._read_file(found) for found in files]
+
+    def _read_file(self, found: Found) -> _Read | OSError:
         told = self._cache.stat(found)
-        parts: list[Entry] = []
+        notes: list[str] = []
         try:
-            with tree.opened(self._root, path) as (fd, entry, status):
-                for part in tree.parts(entry, self._chunks(fd, entry, status)):
-                    parts.append(part)
-                    if not part.complete:
-                        parts = self._part(told, parts)
+            with tree.opened(self._root, found.path) as (fd, entry, status):
+                pieces = list(_pieces(fd, entry.size, status, self._data, notes.append))
+                return _Read(told, entry, status, os.fstat(fd), pieces, notes)
+        except OSError as error:
+            return error
+
+    def _small(self, found: Found, read: _Read | OSError) -> None:
+        if isinstance(read, OSError):
+            self._unread(found, read)
+            return
+        for note in read.notes:
+            self._skip(found.path, note)
+        parts = self._parts(read.told, read.entry, read.pieces)
+        self._file(found, read.told, parts, read.status, read.after)
+
+    def _large(self, found: Found) -> None:
+        told = self._cache.stat(found)
+        try:
+            with tree.opened(self._root, found.path) as (fd, entry, status):
+
+                def note(text: str) -> None:
+                    self._skip(found.path, text)
+
+                pieces = _pieces(fd, entry.size, status, self._data_ahead, note)
+                parts = self._parts(told, entry, pieces)
                 after = os.fstat(fd)
         except OSError as error:
-            self._links.withdraw(found.status)
-            self._skip(path, error.strerror or str(error))
+            self._unread(found, error)
             return
+        self._file(found, told, parts, status, after)
+
+    def _unread(self, found: Found, error: OSError) -> None:
+        self._links.withdraw(found.status)
+        self._skip(found.path, error.strerror or str(error))
+
+    def _parts(self, told: Stat, entry: Entry, pieces: Iterable[_Piece]) -> list[Entry]:
+        """Offers the pieces; returns the entries of the file that are not in a page yet."""
+        parts: list[Entry] = []
+        for part in tree.parts(entry, self._offered(pieces)):
+            parts.append(part)
+            if not part.complete:
+                parts = self._part(told, parts)
+        return parts
+
+    def _file(
+        self,
+        found: Found,
+        told: Stat,
+        parts: list[Entry],
+        status: os.stat_result,
+        after: os.stat_result,
+    ) -> None:
         changed = (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns)
         if changed:
-            self._skip(path, "changed while it was read")
+            self._skip(found.path, "changed while it was read")
         # What is not all of it, or was replaced before it was opened, is read again the next time,
         # whatever its times say then. One part that is not sure is enough: see `LastSnapshot.find`.
         whole = not changed and parts[-1].size == status.st_size
@@ -194,10 +343,10 @@ class Reader:
             told = told._replace(facts=())
             self._links.withdraw(found.status)
         self._entries.extend(parts)
-        self._stats.append(told._replace(parts=len(parts)))
+        self._stats.append(told._replace(parts=len(parts)) if len(parts) > 1 else told)
         self._weight += sum(map(weight, parts))
-        self._count(path, entry.size)
-        self._end(path)
+        self._count(found.path, status.st_size)
+        self._end(found.path)
 
     def _part(self, told: Stat, parts: list[Entry]) -> list[Entry]:
         """Ends the page after parts of a file if they fill it; returns those that are left."""
@@ -209,35 +358,47 @@ class Reader:
         self._next_page()
         return []
 
-    def _chunks(self, fd: int, entry: Entry, status: os.stat_result) -> Iterator[tuple[bytes, int]]:
-        size = 0
-        try:
-            if status.st_blocks * STAT_BLOCK < entry.size:
-                for length, hole in tree.extents(fd, entry.size):
-                    if hole:
-                        yield HOLE, length
-                        size += length
-                    else:
-                        for chunk in self._data(fd, length):
-                            yield chunk
-                            size += chunk[1]
-            else:
-                for chunk in self._data(fd, entry.size):
-                    yield chunk
-                    size += chunk[1]
-        except OSError as error:
-            if not size:
-                raise
-            # What was read may be on its way to the server: the file has to end somehow.
-            self._skip(entry.path, f"read only up to byte {size}: {error.strerror}")
-
-    def _data(self, fd: int, size: int) -> Iterator[tuple[bytes, int]]:
+    def _data(self, fd: int, size: int) -> Iterator[_Piece]:
         for content in split(fd, size):
-            id = self._id(content)
-            self._offer(id, content)
-            yield id, len(content)
+            yield _Piece(self._id(content), len(content), content)
 
-    def _offer(self, id: bytes, content: bytes | memoryview) -> None:
+    def _data_ahead(self, fd: int, size: int) -> Iterator[_Piece]:
+        """The same, hashed by the threads."""
+        for pieces in self._ahead(self._hash, _grouped(split(fd, size))):
+            yield from pieces
+
+    def _hash(self, contents: list[Content]) -> list[_Piece]:
+        return [_Piece(self._id(content), len(content), content) for content in contents]
+
+    def _ahead(self, function: Callable[[A], T], items: Iterator[A]) -> Iterator[T]:
+        """Yields function(item) for each of the items, in their order, done by the threads.
+
+        If the items end with an error, it is raised after what came before.
+        """
+        pending = deque[Future[T]]()
+        failed: OSError | None = None
+        while True:
+            try:
+                pending.append(self._pool.submit(function, next(items)))
+            except StopIteration:
+                break
+            except OSError as error:
+                failed = error
+                break
+            if len(pending) > self._most_reading:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+        if failed is not None:
+            raise failed
+
+    def _offered(self, pieces: Iterable[_Piece]) -> Iterator[tuple[bytes, int]]:
+        for id, size, content in pieces:
+            if id != HOLE:
+                self._offer(id, content)
+            yield id, size
+
+    def _offer(self, id: bytes, content: Content) -> None:
         if id not in self._seen:
             self._seen[id] = None
             if len(self._seen) > REMEMBERED:
@@ -276,7 +437,8 @@ class Reader:
         if self._box is not None:
             self._sums.add(page)
         if number is not None:
-            self._last.forget(number)
+            # More of this one may come.
+            self._last.forget(number - 1)
         self._entries, self._stats, self._weight, self._page = [], [], 0, None
         if len(self._batch.pages) >= BATCH_PAGES:
             self._next_batch()
@@ -291,3 +453,52 @@ class Reader:
     def _next_batch(self) -> None:
         batch, self._batch = self._batch, Batch()
         self._deliver(batch)
+
+
+def _is_small(found: Found) -> bool:
+    status = found.status
+    return stat.S_ISREG(status.st_mode) and not found.link and status.st_size <= SMALL
+
+
+def _is_linked(found: Found) -> bool:
+    return stat.S_ISREG(found.status.st_mode) and found.status.st_nlink > 1
+
+
+def _pieces(
+    fd: int,
+    size: int,
+    status: os.stat_result,
+    data: Callable[[int, int], Iterator[_Piece]],
+    note: Callable[[str], None],
+) -> Iterator[_Piece]:
+    """Yields the chunks and holes of an open file; `data` yields the chunks of a part of it."""
+    done = 0
+    try:
+        if status.st_blocks * STAT_BLOCK < size:
+            for length, hole in tree.extents(fd, size):
+                for piece in [_Piece(HOLE, length)] if hole else data(fd, length):
+                    yield piece
+                    done += piece.size
+        else:
+            for piece in data(fd, size):
+                yield piece
+                done += piece.size
+    except OSError as error:
+        if not done:
+            raise
+        # What was read may be on its way to the server: the file has to end somehow.
+        note(f"read only up to byte {done}: {error.strerror}")
+
+
+def _grouped(chunks: Iterator[Content]) -> Iterator[list[Content]]:
+    """Yields chunks together that have the size of a block."""
+    group: list[Content] = []
+    size = 0
+    for content in chunks:
+        group.append(content)
+        size += len(content)
+        if size >= BLOCK_SIZE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
