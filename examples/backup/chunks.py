@@ -54,7 +54,7 @@ NORMALIZATION: Final = 2
 # chunks of a client with other sizes remain readable.
 LIMIT = 1024 * 1024
 
-# What is read at once from a large file. Every chunk of a block keeps the whole block in memory.
+# What is read at once from a large file, and what small ones are read into together.
 BLOCK_SIZE = 1024 * 1024
 
 ID_SIZE = 32
@@ -99,41 +99,49 @@ def chunk_id(content: bytes | memoryview) -> bytes:
     return blake3(content).digest()
 
 
-def split(fd: int, size: int) -> Iterator[bytes | memoryview]:
-    """Yields the chunks of an open file, from its position on.
+def new_block(size: int) -> memoryview:
+    """Returns memory of this many bytes."""
+    return memoryview(bytearray(size))
 
-    Memory stays below three blocks, whatever the file's size, if the chunks are let go. The chunks
-    remain valid for as long as they are kept.
+
+def split(
+    fd: int, size: int, take: Callable[[int], memoryview] = new_block
+) -> Iterator[bytes | memoryview]:
+    """Yields the chunks of an open file, from its position on, each in what `take` returned last.
 
     Args:
         fd: The file's descriptor.
         size: The file's size in bytes. Reading ends there, or earlier where the file does.
+        take: Returns memory to read into, of as many bytes as it is told, at most BLOCK_SIZE.
     """
-    pending = b""
-    while True:
-        block = os.read(fd, min(size, BLOCK_SIZE)) if size else b""
-        size -= len(block)
-        last = not block or not size
-        pending += block
-        if last and len(pending) <= MIN_SIZE:
-            if pending:  # so FastCDC would cut it too, but a small file should cost little
-                yield pending
+    rest = memoryview(b"")
+    while size or rest:
+        block = take(min(len(rest) + size, BLOCK_SIZE))
+        done = len(rest)
+        block[:done] = rest
+        while done < len(block) and (count := os.readv(fd, [block[done:]])):
+            done += count
+        size -= done - len(rest)
+        last = done < len(block) or not size
+        if last and done <= MIN_SIZE:
+            if done:  # so FastCDC would cut it too, but a small file should cost little
+                yield block[:done]
             return
         # Cheap, and its documentation forbids sharing one between threads.
         cutter = FastCDC(
             AVERAGE_SIZE, min_size=MIN_SIZE, max_size=MAX_SIZE, normalized_chunking=NORMALIZATION
         )
-        rest = 0
-        for cut in cutter.cut_buf(pending):
+        end = 0
+        for cut in cutter.cut_buf(block[:done]):
             # A cut looks at most MAX_SIZE ahead. Nearer to the end than that, the next block
             # could move it.
-            if not last and len(pending) - cut.offset < MAX_SIZE:
+            if not last and done - cut.offset < MAX_SIZE:
                 break
-            rest = cut.offset + cut.length
-            yield cut.data
+            end = cut.offset + cut.length
+            yield block[cut.offset : end]
         if last:
             return
-        pending = pending[rest:]
+        rest = block[end:done]
 
 
 class Compression(NamedTuple):

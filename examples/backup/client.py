@@ -3,8 +3,8 @@
     read (a thread) ─ batches ─┬─ ask which chunks are missing ─ compress (threads) ─ put ─┐
                                └───────────────── pages, in order ◄──── acknowledged ──────┘
 
-All of it runs at once. A batch's chunks are asked for in one question, several of them on their
-way. Only what is missing is compressed and put, many puts on their way. Its pages follow once all
+All of it runs at once. A batch's chunks are asked for in one question, many of them on their way.
+Only what is missing is compressed and put, many puts on their way. Its pages follow once all
 its chunks are acknowledged, in one stream that the server commits when it ends: so the snapshot
 appears whole, or not at all. As long as that stream is open, the server removes nothing that the
 backup counts on; so nothing is asked before it is.
@@ -13,14 +13,15 @@ What is known from the last backup is not read, and of pages that are as they we
 are sent (see `cache`). If the server does not have the last snapshot any more, or the connection
 breaks, all begins anew: what the server acknowledged is there and is not sent again.
 
-Memory is bounded by the number of batches between their reading and their acknowledgement: the
-reader waits for a free one. Every stage hands on to the next one and waits until it was taken.
+Memory is bounded by the blocks that content is read into, until it is known to be there or has been
+compressed: the reader waits for a free one. Every stage hands on to the next one and waits until it
+was taken.
 """
 
 import os
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from druvarpc import Status
 
 from .attempts import attempted, causes
 from .cache import LastSnapshot, NextCache
-from .chunks import AUTO, Chunk, Codec, Compression
+from .chunks import AUTO, BLOCK_SIZE, Chunk, Codec, Compression
 from .crypt import Keys, page_box
 from .errors import BackupError, CacheDamaged, KeyRefused
 from .reader import Batch, Progress, Reader
@@ -41,13 +42,15 @@ from .snapshots import Snapshot
 from .stages import in_order
 from .tree import Skipped
 
-# Batches in memory, of 8 MiB each. At a round trip of 80 ms, 64 MiB let an unchanged tree be read
-# at 800 MB/s, and 1 Gbit/s be filled with what compresses to a sixth.
-BATCHES = 8
+# Blocks in memory, of 1 MiB each. At a round trip of 80 ms, which a block waits for, they let 400
+# MB/s be read.
+BLOCKS = 32
 
-# Content that is compressed and put together. It becomes 0.2 to 1 MiB: small enough that several
-# are on their way, large enough that a call's cost does not matter.
-PUT_SIZE = 1024 * 1024
+# Batches that wait for their turn to be committed: pages, without content.
+BATCHES = 256
+
+# Threads that read: more would wait for the one that makes pages.
+MAX_READERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +104,12 @@ class Backup:
 
 @dataclass
 class _Sending:
-    """A batch on its way to the server."""
+    """A batch on its way to the server: its missing chunks, and then what they became."""
 
     batch: Batch
-    unsent: int = 0
-    acknowledged: trio.Event = field(default_factory=trio.Event)
-
-
-@dataclass
-class _Put:
-    """A part of a batch's missing chunks: their content, and then the chunks to be sent."""
-
-    origin: _Sending
-    contents: list[tuple[bytes, bytes | memoryview]]
+    missing: list[tuple[bytes, bytes | memoryview]] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
+    acknowledged: trio.Event = field(default_factory=trio.Event)
 
 
 async def back_up(
@@ -187,7 +182,8 @@ class _Run:
         self._options = options
         self._watch = watch
         self._codec = Codec(options.compression, options.keys)
-        self._free = trio.Semaphore(BATCHES)
+        self._free = trio.Semaphore(BLOCKS)
+        self._blocks: list[bytearray] = []
         self._begun = trio.Event()
         self._allowed = trio.Event()
         self.based = False
@@ -214,11 +210,11 @@ class _Run:
     async def _stages(
         self, root: bytes, name: str, last: LastSnapshot, following: NextCache
     ) -> Snapshot:
-        # What is in the channels is bounded by the free batches, so they never need to be full.
+        # What is offered is bounded by the free blocks, so that channel never is full.
         batches, to_commit = trio.open_memory_channel[_Sending](BATCHES)
-        offers, to_ask = trio.open_memory_channel[_Sending](BATCHES)
-        missing, to_encode = trio.open_memory_channel[_Put](0)
-        encoded, to_put = trio.open_memory_channel[_Put](0)
+        offers, to_ask = trio.open_memory_channel[_Sending](BLOCKS)
+        missing, to_encode = trio.open_memory_channel[_Sending](0)
+        encoded, to_put = trio.open_memory_channel[_Sending](0)
         options = self._options
         reader = Reader(
             root,
@@ -229,7 +225,8 @@ class _Run:
             following,
             options.excluded,
             name,
-            threads=os.cpu_count() or 1,
+            lambda: trio.from_thread.run(self._block),
+            min(os.cpu_count() or 1, MAX_READERS),
         )
         self._watch(reader.progress)
         async with batches, trio.open_nursery() as nursery:
@@ -261,18 +258,29 @@ class _Run:
             await trio.to_thread.run_sync(reader.run)
             await batches.aclose()
 
+    async def _block(self) -> bytearray:
+        await self._free.acquire()
+        return self._blocks.pop() if self._blocks else bytearray(BLOCK_SIZE)
+
+    def _done(self, batch: Batch) -> None:
+        """Lets the batch's block be used again, if it has one."""
+        batch.contents.clear()
+        if batch.block is not None:
+            self._blocks.append(batch.block)
+            self._free.release()
+
     async def _deliver(
         self,
         batch: Batch,
         batches: trio.MemorySendChannel[_Sending],
         offers: trio.MemorySendChannel[_Sending],
     ) -> None:
-        await self._free.acquire()
         sending = _Sending(batch)
         await batches.send(sending)
         if batch.contents:
             await offers.send(sending)
         else:
+            self._done(batch)
             sending.acknowledged.set()
 
     async def _commit(
@@ -290,7 +298,7 @@ class _Run:
     async def _ask(
         self,
         source: trio.MemoryReceiveChannel[_Sending],
-        sink: trio.MemorySendChannel[_Put],
+        sink: trio.MemorySendChannel[_Sending],
     ) -> None:
         asked: deque[_Sending] = deque()
 
@@ -304,36 +312,34 @@ class _Run:
         async with sink, aclosing(druvarpc.windowed(self._store.missing, questions())) as answers:
             async for positions in answers:
                 sending = asked.popleft()
-                puts = list(_cut(sending, positions))
-                sending.batch.contents.clear()
-                sending.unsent = len(puts)
-                if not puts:
+                sending.missing = _missing(sending.batch, positions)
+                if not positions:
+                    self._done(sending.batch)
                     sending.acknowledged.set()
-                for put in puts:
-                    self.new_chunks += len(put.contents)
-                    self.new_bytes += sum(len(content) for _, content in put.contents)
-                    await sink.send(put)
+                else:
+                    self.new_chunks += len(positions)
+                    self.new_bytes += sum(len(content) for _, content in sending.missing)
+                    await sink.send(sending)
 
-    def _encode(self, put: _Put) -> _Put:
-        put.chunks = [self._codec.encode(id, content) for id, content in put.contents]
-        put.contents.clear()
-        return put
+    def _encode(self, sending: _Sending) -> _Sending:
+        sending.chunks = [self._codec.encode(id, content) for id, content in sending.missing]
+        sending.missing.clear()
+        return sending
 
-    async def _put(self, source: trio.MemoryReceiveChannel[_Put]) -> None:
+    async def _put(self, source: trio.MemoryReceiveChannel[_Sending]) -> None:
         sent: deque[_Sending] = deque()
 
         async def puts() -> AsyncIterator[list[Chunk]]:
-            async for put in source:
-                sent.append(put.origin)
-                self.stored_bytes += sum(len(chunk.data) for chunk in put.chunks)
-                yield put.chunks
+            async for sending in source:
+                self._done(sending.batch)
+                sent.append(sending)
+                self.stored_bytes += sum(len(chunk.data) for chunk in sending.chunks)
+                chunks, sending.chunks = sending.chunks, []
+                yield chunks
 
         async with aclosing(druvarpc.windowed(self._bulk.put, puts())) as receipts:
             async for _ in receipts:
-                sending = sent.popleft()
-                sending.unsent -= 1
-                if not sending.unsent:
-                    sending.acknowledged.set()
+                sent.popleft().acknowledged.set()
 
     async def _pieces(
         self, source: trio.MemoryReceiveChannel[_Sending]
@@ -341,7 +347,6 @@ class _Run:
         copied: list[int] = []
         async for sending in source:
             await sending.acknowledged.wait()
-            self._free.release()
             for skipped in sending.batch.skipped:
                 self.skipped += 1
                 self._watch(skipped)
@@ -369,17 +374,9 @@ def _is_stale(error: BaseException) -> bool:
     return isinstance(error, CacheDamaged)
 
 
-def _cut(sending: _Sending, positions: list[int]) -> Iterator[_Put]:
-    """Yields what the server misses of a batch, in portions."""
-    offered = list(sending.batch.contents.items())
+def _missing(batch: Batch, positions: list[int]) -> list[tuple[bytes, bytes | memoryview]]:
+    """Returns what the server misses of a batch."""
+    offered = list(batch.contents.items())
     if positions != sorted({p for p in positions if 0 <= p < len(offered)}):
         raise BackupError("the server misses chunks that it was not asked for")
-    put, size = _Put(sending, []), 0
-    for id, content in (offered[position] for position in positions):
-        if size and size + len(content) > PUT_SIZE:
-            yield put
-            put, size = _Put(sending, []), 0
-        put.contents.append((id, content))
-        size += len(content)
-    if size:
-        yield put
+    return [offered[position] for position in positions]

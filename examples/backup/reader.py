@@ -1,7 +1,8 @@
 """A tree, read for a backup: its pages, and the content of chunks that may have to be sent.
 
-Everything comes in batches, which are what memory is counted in: a batch is let go when the server
-has acknowledged it. Only the ids of recent chunks are remembered, so that a chunk is offered once
+Everything comes in batches. What memory is counted in are blocks: content is read into blocks, and
+a batch has what was read into one; whoever takes the batch has the block, and uses it again. Only
+the ids of recent chunks are remembered, so that a chunk is offered once
 where it occurs several times. One that was forgotten is offered again, and the server will say that
 it has it.
 
@@ -23,7 +24,7 @@ from typing import NamedTuple, TypeVar
 
 from . import tree
 from .cache import Known, LastSnapshot, NextCache, Stat, facts
-from .chunks import BLOCK_SIZE, Codec, split
+from .chunks import BLOCK_SIZE, Codec, new_block, split
 from .crypt import Box
 from .links import Links
 from .manifest import Sums, manifest
@@ -31,9 +32,9 @@ from .pages import MAX_ENTRIES, MAX_WEIGHT, Page, encode, is_last, weight
 from .service import MAX_IDS
 from .tree import HOLE, MAX_TIME, Entry, Found, Kind, Skipped
 
-# Bytes of files in one batch: some hundred chunks, so many ids in one question. As chunks keep the
-# blocks alive that they were cut from, those that are not offered count as well.
-BATCH_SIZE = 8 * 1024 * 1024
+# Bytes of files in one batch, as most become 0.2 to 1 MiB: small enough that several puts are on
+# their way, large enough that a call's cost does not matter.
+BATCH_SIZE = BLOCK_SIZE
 
 # Pages of one batch, should its files be empty or known.
 BATCH_PAGES = 8
@@ -44,10 +45,11 @@ REMEMBERED = 256 * 1024
 # A file's blocks are counted in this unit, whatever the file system's (stat(2)).
 STAT_BLOCK = 512
 
-# Files up to this size, in bytes, are read some at a time, so many that they have that size
-# together, or this number.
-SMALL = 1024 * 1024
-SMALL_FILES = 64
+# Small files are read together: as many as fit into a block, up to this number.
+RUN_FILES = 128
+
+# And up to this number of entries, with those between them that are not read.
+RUN_ENTRIES = 256
 
 # Work that is under way beside what each thread is doing: enough that none waits for more.
 AHEAD = 2
@@ -68,12 +70,14 @@ class Batch:
         contents: The content of chunks that were not in earlier batches, by their ids.
         skipped: What could not be read.
         size: How much was read for it, in bytes.
+        block: What the contents are in, if there are any.
     """
 
     pages: list[Page | int] = field(default_factory=list)
     contents: dict[bytes, Content] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     size: int = 0
+    block: bytearray | None = None
 
 
 @dataclass
@@ -98,46 +102,74 @@ class _Piece(NamedTuple):
 
     id: bytes
     size: int
-    content: Content = b""
+    content: Content
 
 
 class _Read(NamedTuple):
-    """What was read of a small file, or why it was not."""
+    """What was read of a small file."""
 
     told: Stat
     entry: Entry
-    status: os.stat_result
+    before: os.stat_result
     after: os.stat_result
     pieces: list[_Piece]
     notes: list[str]
 
 
-class _Small:
-    """Small files that are read together."""
+class _Block:
+    """A block, and how much of it is taken."""
+
+    def __init__(self, memory: bytearray) -> None:
+        self.memory = memory
+        self._free = memoryview(memory)
+
+    def fits(self, size: int) -> bool:
+        return size <= len(self._free)
+
+    def take(self, size: int) -> memoryview:
+        if not self.fits(size):
+            return new_block(size)  # for a file that has grown
+        taken, self._free = self._free[:size], self._free[size:]
+        return taken
+
+
+class _Run:
+    """Entries whose small files are read together, or that end with a large file."""
 
     def __init__(self) -> None:
+        self.entries: list[tuple[Found | Skipped, list[Known]]] = []
         self.files: list[Found] = []
         self.size = 0
-        self.read: Future[list[_Read | OSError]] | None = None
-
-    def add(self, found: Found) -> int:
-        """Adds a file; returns its position."""
-        self.files.append(found)
-        self.size += found.status.st_size
-        return len(self.files) - 1
+        self.block: _Block | None = None
+        self.read: dict[bytes, _Read | OSError] = {}
+        # Whether what comes later may be a link of the last one.
+        self.is_linked = False
 
     @property
-    def full(self) -> bool:
-        return self.size >= SMALL or len(self.files) >= SMALL_FILES
+    def is_large(self) -> bool:
+        return self.size > BLOCK_SIZE
+
+    def add(self, found: Found | Skipped, known: list[Known]) -> bool:
+        """Adds an entry, unless it would be too many."""
+        if len(self.entries) >= RUN_ENTRIES:
+            return False
+        if isinstance(found, Found) and stat.S_ISREG(found.status.st_mode):
+            if not known and not found.link:
+                size = self.size + found.status.st_size
+                if self.files and (size > BLOCK_SIZE or len(self.files) >= RUN_FILES):
+                    return False
+                self.size = size
+                self.files.append(found)
+            self.is_linked = found.status.st_nlink > 1
+        self.entries.append((found, known))
+        return True
 
 
-class _Next(NamedTuple):
-    """What comes next in the tree."""
+class _Group(NamedTuple):
+    """Chunks of a large file that are in one block, and holes: sizes, and contents if any."""
 
-    found: Found | Skipped
-    known: list[Known]
-    small: _Small | None = None
-    position: int = 0
+    block: _Block | None
+    contents: list[tuple[int, Content | None]]
 
 
 class Reader:
@@ -152,6 +184,7 @@ class Reader:
         cache: Takes what is to be known of this one.
         excluded: See `tree.scan`.
         name: What the snapshot will be called.
+        block: Returns a block of BLOCK_SIZE, new or no longer used; it may block.
         threads: How many read.
     """
 
@@ -165,8 +198,10 @@ class Reader:
         cache: NextCache,
         excluded: Callable[[bytes, bool], bool] | None = None,
         name: str = "",
+        block: Callable[[], bytearray] = lambda: bytearray(BLOCK_SIZE),
         threads: int = 1,
     ) -> None:
+        self._new_block = block
         self._threads = threads
         self._most_reading = threads + AHEAD
         self._root = root
@@ -198,8 +233,8 @@ class Reader:
         """
         with ThreadPoolExecutor(self._threads, "reader") as self._pool:
             try:
-                for following in self._scan_ahead():
-                    self._take(following)
+                for run in self._ahead(self._read_small, self._runs(), lambda run: run.is_linked):
+                    self._take(run)
             finally:
                 self._pool.shutdown(cancel_futures=True)
         self._next_page()
@@ -207,45 +242,76 @@ class Reader:
             self._batch.pages.append(manifest(self._name, self._sums, self._box))
         self._next_batch()
 
-    def _scan_ahead(self) -> Iterator[_Next]:
-        """Yields all that is found, while small files that come later are read."""
-        waiting = deque[_Next]()
-        small, reading = _Small(), 0
+    def _ahead(
+        self,
+        function: Callable[[A], T],
+        items: Iterator[A],
+        pauses: Callable[[A], bool] = lambda _: False,
+    ) -> Iterator[T]:
+        """Yields function(item) for each of the items, in their order, done by the threads.
+
+        Args:
+            function: What is done.
+            items: If they end with an error, it is raised after what came before.
+            pauses: Says after which item the next is not asked for before this one was yielded.
+        """
+        pending = deque[Future[T]]()
+        failed: OSError | None = None
+        try:
+            for item in items:
+                pending.append(self._pool.submit(function, item))
+                most = 0 if pauses(item) else self._threads + AHEAD
+                while len(pending) > most:
+                    yield pending.popleft().result()
+        except OSError as error:
+            failed = error
+        while pending:
+            yield pending.popleft().result()
+        if failed is not None:
+            raise failed
+
+    def _runs(self) -> Iterator[_Run]:
+        run = _Run()
         for found in tree.scan(self._root, self._excluded, self._links):
             known = [] if isinstance(found, Skipped) else self._last.find(found)
-            if known or isinstance(found, Skipped) or not _is_small(found):
-                waiting.append(_Next(found, known))
-            else:
-                waiting.append(_Next(found, known, small, small.add(found)))
-            # What others are links of depends on what is read of it.
-            linked = isinstance(found, Found) and _is_linked(found)
-            if small.full or (linked and small.files):
-                small.read = self._pool.submit(self._read_small, small.files)
-                small, reading = _Small(), reading + 1
-            while waiting and (linked or waiting[0].small is None or reading > self._most_reading):
-                yield (following := waiting.popleft())
-                if following.small and following.position == len(following.small.files) - 1:
-                    reading -= 1
-        if small.files:
-            small.read = self._pool.submit(self._read_small, small.files)
-        yield from waiting
+            if not run.add(found, known):
+                yield self._with_block(run)
+                run = _Run()
+                run.add(found, known)
+            if run.is_large or run.is_linked:
+                yield self._with_block(run)
+                run = _Run()
+        yield run
 
-    def _take(self, following: _Next) -> None:
-        found = following.found
-        if isinstance(found, Skipped):
-            self._batch.skipped.append(found)
-            return
-        if abs(found.status.st_mtime_ns) > MAX_TIME:
-            self._skip(found.path, "a time that is out of range: the nearest one is stored")
-        if following.known:
-            self._known(found, following.known)
-        elif following.small is not None:
-            assert following.small.read is not None
-            self._small(found, following.small.read.result()[following.position])
-        elif stat.S_ISREG(found.status.st_mode) and not found.link:
-            self._large(found)
-        else:
-            self._other(found)
+    def _with_block(self, run: _Run) -> _Run:
+        if run.size and not run.is_large:
+            run.block = _Block(self._new_block())
+        return run
+
+    def _take(self, run: _Run) -> None:
+        """Takes what the threads have read, and reads what is large."""
+        if run.block is not None:
+            self._batch.block = run.block.memory
+        for found, known in run.entries:
+            if isinstance(found, Skipped):
+                self._batch.skipped.append(found)
+                continue
+            if abs(found.status.st_mtime_ns) > MAX_TIME:
+                self._skip(found.path, "a time that is out of range: the nearest one is stored")
+            read = run.read.get(found.path)
+            if known:
+                self._known(found, known)
+            elif isinstance(read, OSError):
+                self._unread(found, read)
+            elif read is not None:
+                parts = self._parts(read.told, read.entry, read.pieces)
+                self._file(found, read.told, parts, read.before, read.after, read.notes)
+            elif stat.S_ISREG(found.status.st_mode) and not found.link:
+                self._large(found)
+            else:
+                self._other(found)
+        if run.block is not None:
+            self._next_batch()
 
     def _known(self, found: Found, pieces: list[Known]) -> None:
         for known in pieces:
@@ -273,44 +339,76 @@ class Reader:
             self._count(found.path, entry.size)
         self._end(found.path)
 
-    def _read_small(self, files: list[Found]) -> list[_Read | OSError]:
-        """Reads files, in one of the threads."""
-        return [self._read_file(found) for found in files]
+    def _read_small(self, run: _Run) -> _Run:
+        """Reads the small files of a run, in one of the threads."""
+        if not run.is_large:
+            take = new_block if run.block is None else run.block.take
+            run.read = {found.path: self._read_file(found, take) for found in run.files}
+        return run
 
-    def _read_file(self, found: Found) -> _Read | OSError:
+    def _read_file(self, found: Found, take: Callable[[int], memoryview]) -> _Read | OSError:
         told = self._cache.stat(found)
         notes: list[str] = []
         try:
-            with tree.opened(self._root, found.path) as (fd, entry, status):
-                pieces = list(_pieces(fd, entry.size, status, self._data, notes.append))
-                return _Read(told, entry, status, os.fstat(fd), pieces, notes)
+            with tree.opened(self._root, found.path) as (fd, entry, before):
+                contents = _contents(fd, before, take)
+                pieces = list(_as_far(map(self._piece, contents), notes))
+                return _Read(told, entry, before, os.fstat(fd), pieces, notes)
         except OSError as error:
             return error
 
-    def _small(self, found: Found, read: _Read | OSError) -> None:
-        if isinstance(read, OSError):
-            self._unread(found, read)
-            return
-        for note in read.notes:
-            self._skip(found.path, note)
-        parts = self._parts(read.told, read.entry, read.pieces)
-        self._file(found, read.told, parts, read.status, read.after)
-
     def _large(self, found: Found) -> None:
         told = self._cache.stat(found)
+        notes: list[str] = []
         try:
-            with tree.opened(self._root, found.path) as (fd, entry, status):
-
-                def note(text: str) -> None:
-                    self._skip(found.path, text)
-
-                pieces = _pieces(fd, entry.size, status, self._data_ahead, note)
-                parts = self._parts(told, entry, pieces)
+            with tree.opened(self._root, found.path) as (fd, entry, before):
+                pieces = self._pieces(self._groups(fd, before))
+                parts = self._parts(told, entry, _as_far(pieces, notes))
                 after = os.fstat(fd)
         except OSError as error:
             self._unread(found, error)
             return
-        self._file(found, told, parts, status, after)
+        self._file(found, told, parts, before, after, notes)
+
+    def _pieces(self, groups: Iterator[_Group]) -> Iterator[_Piece]:
+        """Yields the pieces of a large file, hashed by the threads; a batch for each group."""
+
+        def hashed(group: _Group) -> tuple[_Block | None, list[_Piece]]:
+            return group.block, [self._piece(content) for content in group.contents]
+
+        for block, pieces in self._ahead(hashed, groups):
+            if block is not None:
+                self._batch.block = block.memory
+            yield from pieces
+            if block is not None:
+                self._next_batch()
+
+    def _groups(self, fd: int, status: os.stat_result) -> Iterator[_Group]:
+        failed: OSError | None = None
+        groups = [_Group(None, [])]  # those that are not yielded yet: the last, and the one before
+
+        def take(size: int) -> memoryview:
+            block, contents = groups[-1]
+            if block is None or not block.fits(size) or len(contents) >= MAX_IDS:
+                block = _Block(self._new_block())
+                groups.append(_Group(block, []))
+            return block.take(size)
+
+        try:
+            for content in _contents(fd, status, take):
+                # By now the rest of the block before has been copied into this one.
+                while len(groups) > 1:
+                    yield groups.pop(0)
+                groups[0].contents.append(content)
+        except OSError as error:
+            failed = error
+        yield from groups
+        if failed is not None:
+            raise failed
+
+    def _piece(self, content: tuple[int, Content | None]) -> _Piece:
+        size, data = content
+        return _Piece(HOLE, size, b"") if data is None else _Piece(self._id(data), size, data)
 
     def _unread(self, found: Found, error: OSError) -> None:
         self._links.withdraw(found.status)
@@ -330,22 +428,25 @@ class Reader:
         found: Found,
         told: Stat,
         parts: list[Entry],
-        status: os.stat_result,
+        before: os.stat_result,
         after: os.stat_result,
+        notes: list[str],
     ) -> None:
-        changed = (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns)
+        for note in notes:
+            self._skip(found.path, note)
+        changed = (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
         if changed:
             self._skip(found.path, "changed while it was read")
         # What is not all of it, or was replaced before it was opened, is read again the next time,
         # whatever its times say then. One part that is not sure is enough: see `LastSnapshot.find`.
-        whole = not changed and parts[-1].size == status.st_size
-        if not whole or facts(status) != facts(found.status):
+        whole = not changed and parts[-1].size == before.st_size
+        if not whole or facts(before) != facts(found.status):
             told = told._replace(facts=())
             self._links.withdraw(found.status)
         self._entries.extend(parts)
         self._stats.append(told._replace(parts=len(parts)) if len(parts) > 1 else told)
         self._weight += sum(map(weight, parts))
-        self._count(found.path, status.st_size)
+        self._count(found.path, before.st_size)
         self._end(found.path)
 
     def _part(self, told: Stat, parts: list[Entry]) -> list[Entry]:
@@ -357,40 +458,6 @@ class Reader:
         self._stats.append(told._replace(parts=len(parts), more=True))
         self._next_page()
         return []
-
-    def _data(self, fd: int, size: int) -> Iterator[_Piece]:
-        for content in split(fd, size):
-            yield _Piece(self._id(content), len(content), content)
-
-    def _data_ahead(self, fd: int, size: int) -> Iterator[_Piece]:
-        """The same, hashed by the threads."""
-        for pieces in self._ahead(self._hash, _grouped(split(fd, size))):
-            yield from pieces
-
-    def _hash(self, contents: list[Content]) -> list[_Piece]:
-        return [_Piece(self._id(content), len(content), content) for content in contents]
-
-    def _ahead(self, function: Callable[[A], T], items: Iterator[A]) -> Iterator[T]:
-        """Yields function(item) for each of the items, in their order, done by the threads.
-
-        If the items end with an error, it is raised after what came before.
-        """
-        pending = deque[Future[T]]()
-        failed: OSError | None = None
-        while True:
-            try:
-                pending.append(self._pool.submit(function, next(items)))
-            except StopIteration:
-                break
-            except OSError as error:
-                failed = error
-                break
-            if len(pending) > self._most_reading:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-        if failed is not None:
-            raise failed
 
     def _offered(self, pieces: Iterable[_Piece]) -> Iterator[tuple[bytes, int]]:
         for id, size, content in pieces:
@@ -405,8 +472,6 @@ class Reader:
                 self._seen.popitem(last=False)
             self._batch.contents[id] = content
         self._batch.size += len(content)
-        if self._batch.size >= BATCH_SIZE or len(self._batch.contents) >= MAX_IDS:
-            self._next_batch()
 
     def _skip(self, path: bytes, reason: str) -> None:
         self._batch.skipped.append(Skipped(path, reason))
@@ -440,7 +505,8 @@ class Reader:
             # More of this one may come.
             self._last.forget(number - 1)
         self._entries, self._stats, self._weight, self._page = [], [], 0, None
-        if len(self._batch.pages) >= BATCH_PAGES:
+        # What is in a block comes in one batch, so that it can be told when the block is free.
+        if len(self._batch.pages) >= BATCH_PAGES and self._batch.block is None:
             self._next_batch()
 
     def _decoded(self) -> Iterator[Entry]:
@@ -455,50 +521,36 @@ class Reader:
         self._deliver(batch)
 
 
-def _is_small(found: Found) -> bool:
-    status = found.status
-    return stat.S_ISREG(status.st_mode) and not found.link and status.st_size <= SMALL
+def _contents(
+    fd: int, status: os.stat_result, take: Callable[[int], memoryview]
+) -> Iterator[tuple[int, Content | None]]:
+    """Yields the chunks and holes of an open file: sizes, and contents."""
+    size = status.st_size
+    if status.st_blocks * STAT_BLOCK >= size:
+        for content in split(fd, size, take):
+            yield len(content), content
+        return
+    for length, hole in tree.extents(fd, size):
+        if hole:
+            yield length, None
+        else:
+            for content in split(fd, length, take):
+                yield len(content), content
 
 
-def _is_linked(found: Found) -> bool:
-    return stat.S_ISREG(found.status.st_mode) and found.status.st_nlink > 1
+def _as_far(pieces: Iterable[_Piece], notes: list[str]) -> Iterator[_Piece]:
+    """Yields pieces of a file until it can be read no further, which is noted.
 
-
-def _pieces(
-    fd: int,
-    size: int,
-    status: os.stat_result,
-    data: Callable[[int, int], Iterator[_Piece]],
-    note: Callable[[str], None],
-) -> Iterator[_Piece]:
-    """Yields the chunks and holes of an open file; `data` yields the chunks of a part of it."""
+    Raises:
+        OSError: It cannot be read at all.
+    """
     done = 0
     try:
-        if status.st_blocks * STAT_BLOCK < size:
-            for length, hole in tree.extents(fd, size):
-                for piece in [_Piece(HOLE, length)] if hole else data(fd, length):
-                    yield piece
-                    done += piece.size
-        else:
-            for piece in data(fd, size):
-                yield piece
-                done += piece.size
+        for piece in pieces:
+            yield piece
+            done += piece.size
     except OSError as error:
         if not done:
             raise
         # What was read may be on its way to the server: the file has to end somehow.
-        note(f"read only up to byte {done}: {error.strerror}")
-
-
-def _grouped(chunks: Iterator[Content]) -> Iterator[list[Content]]:
-    """Yields chunks together that have the size of a block."""
-    group: list[Content] = []
-    size = 0
-    for content in chunks:
-        group.append(content)
-        size += len(content)
-        if size >= BLOCK_SIZE:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+        notes.append(f"read only up to byte {done}: {error.strerror}")
