@@ -21,7 +21,7 @@ was taken.
 import os
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ from druvarpc import Status
 
 from .attempts import attempted, causes
 from .cache import LastSnapshot, NextCache
-from .chunks import AUTO, BLOCK_SIZE, Chunk, Codec, Compression
+from .chunks import AUTO, BLOCK_SIZE, Chunk, Codec, Compression, Content
 from .crypt import Keys, page_box
 from .errors import BackupError, CacheDamaged, KeyRefused
 from .reader import Batch, Progress, Reader
@@ -42,9 +42,13 @@ from .snapshots import Snapshot
 from .stages import in_order
 from .tree import Skipped
 
-# Blocks in memory, of 1 MiB each. At a round trip of 80 ms, which a block waits for, they let 400
+# Blocks in memory, of 1 MiB each. At a round trip of 80 ms, which a block waits for, they let 300
 # MB/s be read.
 BLOCKS = 32
+
+# Content that is compressed and put together. It becomes 0.2 to 1 MiB: small enough that several
+# are on their way, large enough that a call's cost does not matter.
+PUT_SIZE = 1024 * 1024
 
 # Batches that wait for their turn to be committed: pages, without content.
 BATCHES = 256
@@ -104,12 +108,21 @@ class Backup:
 
 @dataclass
 class _Sending:
-    """A batch on its way to the server: its missing chunks, and then what they became."""
+    """A batch on its way to the server."""
 
     batch: Batch
-    missing: list[tuple[bytes, bytes | memoryview]] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
+    unsent: int = 0
     acknowledged: trio.Event = field(default_factory=trio.Event)
+
+
+@dataclass
+class _Put:
+    """A part of a batch's missing chunks: their content, and then the chunks to be sent."""
+
+    origin: _Sending
+    contents: list[tuple[bytes, Content]]
+    chunks: list[Chunk] = field(default_factory=list)
+    is_last: bool = False
 
 
 async def back_up(
@@ -213,8 +226,8 @@ class _Run:
         # What is offered is bounded by the free blocks, so that channel never is full.
         batches, to_commit = trio.open_memory_channel[_Sending](BATCHES)
         offers, to_ask = trio.open_memory_channel[_Sending](BLOCKS)
-        missing, to_encode = trio.open_memory_channel[_Sending](0)
-        encoded, to_put = trio.open_memory_channel[_Sending](0)
+        missing, to_encode = trio.open_memory_channel[_Put](0)
+        encoded, to_put = trio.open_memory_channel[_Put](0)
         options = self._options
         reader = Reader(
             root,
@@ -263,11 +276,12 @@ class _Run:
         return self._blocks.pop() if self._blocks else bytearray(BLOCK_SIZE)
 
     def _done(self, batch: Batch) -> None:
-        """Lets the batch's block be used again, if it has one."""
+        """Lets the batch's blocks be used again."""
         batch.contents.clear()
-        if batch.block is not None:
-            self._blocks.append(batch.block)
+        for block in batch.blocks:
+            self._blocks.append(block)
             self._free.release()
+        batch.blocks.clear()
 
     async def _deliver(
         self,
@@ -298,7 +312,7 @@ class _Run:
     async def _ask(
         self,
         source: trio.MemoryReceiveChannel[_Sending],
-        sink: trio.MemorySendChannel[_Sending],
+        sink: trio.MemorySendChannel[_Put],
     ) -> None:
         asked: deque[_Sending] = deque()
 
@@ -312,34 +326,39 @@ class _Run:
         async with sink, aclosing(druvarpc.windowed(self._store.missing, questions())) as answers:
             async for positions in answers:
                 sending = asked.popleft()
-                sending.missing = _missing(sending.batch, positions)
-                if not positions:
+                puts = list(_cut(sending, positions))
+                sending.unsent = len(puts)
+                if not puts:
                     self._done(sending.batch)
                     sending.acknowledged.set()
-                else:
-                    self.new_chunks += len(positions)
-                    self.new_bytes += sum(len(content) for _, content in sending.missing)
-                    await sink.send(sending)
+                for put in puts:
+                    self.new_chunks += len(put.contents)
+                    self.new_bytes += sum(len(content) for _, content in put.contents)
+                    put.is_last = put is puts[-1]
+                    await sink.send(put)
 
-    def _encode(self, sending: _Sending) -> _Sending:
-        sending.chunks = [self._codec.encode(id, content) for id, content in sending.missing]
-        sending.missing.clear()
-        return sending
+    def _encode(self, put: _Put) -> _Put:
+        put.chunks = self._codec.encode_all(put.contents)
+        put.contents.clear()
+        return put
 
-    async def _put(self, source: trio.MemoryReceiveChannel[_Sending]) -> None:
+    async def _put(self, source: trio.MemoryReceiveChannel[_Put]) -> None:
         sent: deque[_Sending] = deque()
 
         async def puts() -> AsyncIterator[list[Chunk]]:
-            async for sending in source:
-                self._done(sending.batch)
-                sent.append(sending)
-                self.stored_bytes += sum(len(chunk.data) for chunk in sending.chunks)
-                chunks, sending.chunks = sending.chunks, []
-                yield chunks
+            async for put in source:
+                if put.is_last:
+                    self._done(put.origin.batch)
+                sent.append(put.origin)
+                self.stored_bytes += sum(len(chunk.data) for chunk in put.chunks)
+                yield put.chunks
 
         async with aclosing(druvarpc.windowed(self._bulk.put, puts())) as receipts:
             async for _ in receipts:
-                sent.popleft().acknowledged.set()
+                sending = sent.popleft()
+                sending.unsent -= 1
+                if not sending.unsent:
+                    sending.acknowledged.set()
 
     async def _pieces(
         self, source: trio.MemoryReceiveChannel[_Sending]
@@ -374,9 +393,17 @@ def _is_stale(error: BaseException) -> bool:
     return isinstance(error, CacheDamaged)
 
 
-def _missing(batch: Batch, positions: list[int]) -> list[tuple[bytes, bytes | memoryview]]:
-    """Returns what the server misses of a batch."""
-    offered = list(batch.contents.items())
+def _cut(sending: _Sending, positions: list[int]) -> Iterator[_Put]:
+    """Yields what the server misses of a batch, in portions."""
+    offered = list(sending.batch.contents.items())
     if positions != sorted({p for p in positions if 0 <= p < len(offered)}):
         raise BackupError("the server misses chunks that it was not asked for")
-    return [offered[position] for position in positions]
+    put, size = _Put(sending, []), 0
+    for id, content in (offered[position] for position in positions):
+        if size and size + len(content) > PUT_SIZE:
+            yield put
+            put, size = _Put(sending, []), 0
+        put.contents.append((id, content))
+        size += len(content)
+    if size:
+        yield put

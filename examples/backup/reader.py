@@ -1,7 +1,7 @@
 """A tree, read for a backup: its pages, and the content of chunks that may have to be sent.
 
 Everything comes in batches. What memory is counted in are blocks: content is read into blocks, and
-a batch has what was read into one; whoever takes the batch has the block, and uses it again. Only
+a batch has what was read into some; whoever takes the batch has them, and uses them again. Only
 the ids of recent chunks are remembered, so that a chunk is offered once
 where it occurs several times. One that was forgotten is offered again, and the server will say that
 it has it.
@@ -24,17 +24,16 @@ from typing import NamedTuple, TypeVar
 
 from . import tree
 from .cache import Known, LastSnapshot, NextCache, Stat, facts
-from .chunks import BLOCK_SIZE, Codec, new_block, split
+from .chunks import BLOCK_SIZE, Codec, Content, new_block, split
 from .crypt import Box
 from .links import Links
 from .manifest import Sums, manifest
 from .pages import MAX_ENTRIES, MAX_WEIGHT, Page, encode, is_last, weight
-from .service import MAX_IDS
 from .tree import HOLE, MAX_TIME, Entry, Found, Kind, Skipped
 
-# Bytes of files in one batch, as most become 0.2 to 1 MiB: small enough that several puts are on
-# their way, large enough that a call's cost does not matter.
-BATCH_SIZE = BLOCK_SIZE
+# Blocks of one batch: some hundred chunks, so many ids in one question.
+BATCH_BLOCKS = 8
+BATCH_SIZE = BATCH_BLOCKS * BLOCK_SIZE
 
 # Pages of one batch, should its files be empty or known.
 BATCH_PAGES = 8
@@ -57,8 +56,6 @@ AHEAD = 2
 A = TypeVar("A")
 T = TypeVar("T")
 
-Content = bytes | memoryview
-
 
 @dataclass
 class Batch:
@@ -70,14 +67,14 @@ class Batch:
         contents: The content of chunks that were not in earlier batches, by their ids.
         skipped: What could not be read.
         size: How much was read for it, in bytes.
-        block: What the contents are in, if there are any.
+        blocks: What the contents are in.
     """
 
     pages: list[Page | int] = field(default_factory=list)
     contents: dict[bytes, Content] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     size: int = 0
-    block: bytearray | None = None
+    blocks: list[bytearray] = field(default_factory=list)
 
 
 @dataclass
@@ -291,7 +288,7 @@ class Reader:
     def _take(self, run: _Run) -> None:
         """Takes what the threads have read, and reads what is large."""
         if run.block is not None:
-            self._batch.block = run.block.memory
+            self._batch.blocks.append(run.block.memory)
         for found, known in run.entries:
             if isinstance(found, Skipped):
                 self._batch.skipped.append(found)
@@ -311,7 +308,7 @@ class Reader:
             else:
                 self._other(found)
         if run.block is not None:
-            self._next_batch()
+            self._end_block()
 
     def _known(self, found: Found, pieces: list[Known]) -> None:
         for known in pieces:
@@ -378,18 +375,18 @@ class Reader:
 
         for block, pieces in self._ahead(hashed, groups):
             if block is not None:
-                self._batch.block = block.memory
+                self._batch.blocks.append(block.memory)
             yield from pieces
             if block is not None:
-                self._next_batch()
+                self._end_block()
 
     def _groups(self, fd: int, status: os.stat_result) -> Iterator[_Group]:
         failed: OSError | None = None
         groups = [_Group(None, [])]  # those that are not yielded yet: the last, and the one before
 
         def take(size: int) -> memoryview:
-            block, contents = groups[-1]
-            if block is None or not block.fits(size) or len(contents) >= MAX_IDS:
+            block = groups[-1].block
+            if block is None or not block.fits(size):
                 block = _Block(self._new_block())
                 groups.append(_Group(block, []))
             return block.take(size)
@@ -506,7 +503,11 @@ class Reader:
             self._last.forget(number - 1)
         self._entries, self._stats, self._weight, self._page = [], [], 0, None
         # What is in a block comes in one batch, so that it can be told when the block is free.
-        if len(self._batch.pages) >= BATCH_PAGES and self._batch.block is None:
+        if not self._batch.blocks:
+            self._end_block()
+
+    def _end_block(self) -> None:
+        if len(self._batch.blocks) >= BATCH_BLOCKS or len(self._batch.pages) >= BATCH_PAGES:
             self._next_batch()
 
     def _decoded(self) -> Iterator[Entry]:
