@@ -203,10 +203,9 @@ class LastSnapshot:
         return found
 
     def forget(self, page: int) -> None:
-        """Lets go of this page and those before it, unless more of it is to come."""
+        """Lets go of this page and those before it: nobody asks for what is in them any more."""
         for number in [number for number in self._records if number <= page]:
-            if self._next is None or number < self._next.page:
-                del self._records[number]
+            del self._records[number]
 
     def _advance(self) -> Known | None:
         self._next = next(self._stream, None)

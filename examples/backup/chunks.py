@@ -18,8 +18,8 @@ import os
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 import zstandard
 from blake3 import blake3
@@ -54,7 +54,7 @@ NORMALIZATION: Final = 2
 # chunks of a client with other sizes remain readable.
 LIMIT = 1024 * 1024
 
-# What is read at once from a large file. Every chunk of a block keeps the whole block in memory.
+# What is read at once from a large file, and what small ones are read into together.
 BLOCK_SIZE = 1024 * 1024
 
 ID_SIZE = 32
@@ -80,6 +80,9 @@ PROBE_LIMIT = 3 * PROBE_SIZE * 97 // 100
 LZMA_MEMORY = 2 * 1024 * 1024
 
 
+Content = bytes | memoryview
+
+
 class Chunk(NamedTuple):
     """A chunk as it is sent and stored.
 
@@ -94,46 +97,52 @@ class Chunk(NamedTuple):
     data: bytes
 
 
-def chunk_id(content: bytes | memoryview) -> bytes:
+def chunk_id(content: Content) -> bytes:
     """Returns the id of a chunk with this content: 32 bytes."""
     return blake3(content).digest()
 
 
-def split(fd: int, size: int) -> Iterator[bytes | memoryview]:
-    """Yields the chunks of an open file, from its position on.
+def new_block(size: int) -> memoryview:
+    """Returns memory of this many bytes."""
+    return memoryview(bytearray(size))
 
-    Memory stays below three blocks, whatever the file's size, if the chunks are let go. The chunks
-    remain valid for as long as they are kept.
+
+def split(fd: int, size: int, take: Callable[[int], memoryview] = new_block) -> Iterator[Content]:
+    """Yields the chunks of an open file, from its position on, each in what `take` returned last.
 
     Args:
         fd: The file's descriptor.
         size: The file's size in bytes. Reading ends there, or earlier where the file does.
+        take: Returns memory to read into, of as many bytes as it is told, at most BLOCK_SIZE.
     """
-    pending = b""
-    while True:
-        block = os.read(fd, min(size, BLOCK_SIZE)) if size else b""
-        size -= len(block)
-        last = not block or not size
-        pending += block
-        if last and len(pending) <= MIN_SIZE:
-            if pending:  # so FastCDC would cut it too, but a small file should cost little
-                yield pending
+    rest = memoryview(b"")
+    while size or rest:
+        block = take(min(len(rest) + size, BLOCK_SIZE))
+        done = len(rest)
+        block[:done] = rest
+        while done < len(block) and (count := os.readv(fd, [block[done:]])):
+            done += count
+        size -= done - len(rest)
+        last = done < len(block) or not size
+        if last and done <= MIN_SIZE:
+            if done:  # so FastCDC would cut it too, but a small file should cost little
+                yield block[:done]
             return
         # Cheap, and its documentation forbids sharing one between threads.
         cutter = FastCDC(
             AVERAGE_SIZE, min_size=MIN_SIZE, max_size=MAX_SIZE, normalized_chunking=NORMALIZATION
         )
-        rest = 0
-        for cut in cutter.cut_buf(pending):
+        end = 0
+        for cut in cutter.cut_buf(block[:done]):
             # A cut looks at most MAX_SIZE ahead. Nearer to the end than that, the next block
             # could move it.
-            if not last and len(pending) - cut.offset < MAX_SIZE:
+            if not last and done - cut.offset < MAX_SIZE:
                 break
-            rest = cut.offset + cut.length
-            yield cut.data
+            end = cut.offset + cut.length
+            yield block[cut.offset : end]
         if last:
             return
-        pending = pending[rest:]
+        rest = block[end:done]
 
 
 class Compression(NamedTuple):
@@ -188,16 +197,24 @@ class Codec:
     def __init__(self, compression: Compression | None = None, keys: Keys | None = None) -> None:
         self._compression = compression or AUTO
         self._box = keys.chunks if keys else None
-        self.id: Callable[[bytes | memoryview], bytes] = keys.id if keys else chunk_id
+        self.id: Callable[[Content], bytes] = keys.id if keys else chunk_id
         # zstd's contexts serve one thread at a time, and are too expensive to make for each chunk.
         self._local = threading.local()
 
-    def encode(self, id: bytes, content: bytes | memoryview) -> Chunk:
+    def encode(self, id: bytes, content: Content) -> Chunk:
         """Returns the chunk with this id and content, compressed if that makes it smaller."""
-        data = self._compress(content) or b"".join((RAW, content))
-        if self._box:
-            data = SEALED + self._box.seal(data, id)
-        return Chunk(id, len(content), data)
+        return self.encode_all([(id, content)])[0]
+
+    def encode_all(self, contents: Sequence[tuple[bytes, Content]]) -> list[Chunk]:
+        """Returns the chunks with these ids and contents."""
+        chunks = []
+        compressed = self._compressed([content for _, content in contents])
+        for (id, content), shrunk in zip(contents, compressed, strict=True):
+            data = b"".join(shrunk if shrunk is not None else (RAW, content))
+            if self._box:
+                data = SEALED + self._box.seal(data, id)
+            chunks.append(Chunk(id, len(content), data))
+        return chunks
 
     def decode(self, chunk: Chunk) -> bytes:
         """Returns the content of a chunk, after checking it against the chunk's id and size.
@@ -227,35 +244,49 @@ class Codec:
             raise ChunkError(f"chunk {chunk.id.hex()} has other content than its id says")
         return content
 
-    def is_compressible(self, content: bytes | memoryview) -> bool:
+    def is_compressible(self, content: Content) -> bool:
         """Whether a sample of it shrinks: if not, the whole is not worth the time.
 
         Contents too small for it to pay are all said to be.
         """
-        size = len(content)
-        if size < PROBE_FROM:
-            return True
-        view = memoryview(content)
-        middle = (size - PROBE_SIZE) // 2
-        sample = b"".join(
-            (view[:PROBE_SIZE], view[middle : middle + PROBE_SIZE], view[-PROBE_SIZE:])
-        )
-        return len(self._compressor("probe", PROBE_LEVEL).compress(sample)) < PROBE_LIMIT
+        return self._compressible([content])[0]
 
-    def _compress(self, content: bytes | memoryview) -> bytes | None:
-        """Returns the tag and the compressed content, or None if it is to be stored raw."""
+    def _compressible(self, contents: Sequence[Content]) -> list[bool]:
+        verdicts = [len(content) < PROBE_FROM for content in contents]
+        probed = [position for position, small in enumerate(verdicts) if not small]
+        samples = self._zstd("probe", PROBE_LEVEL, [_sample(contents[one]) for one in probed])
+        for position, sample in zip(probed, samples, strict=True):
+            verdicts[position] = len(sample) < PROBE_LIMIT
+        return verdicts
+
+    def _compressed(self, contents: Sequence[Content]) -> list[tuple[bytes, bytes] | None]:
+        """Returns the tag and the compressed content of each, None if it is to be stored raw."""
         algorithm, level, probe = self._compression
-        if algorithm == "none" or (probe and not self.is_compressible(content)):
-            return None
+        results: list[tuple[bytes, bytes] | None] = [None] * len(contents)
+        if algorithm == "none":
+            return results
+        chosen = self._compressible(contents) if probe else [True] * len(contents)
+        positions = [position for position, choice in enumerate(chosen) if choice]
+        tried = [contents[position] for position in positions]
         if algorithm == "zstd":
-            data = ZSTD + self._compressor("zstd", level).compress(content)
+            tag, made = ZSTD, self._zstd("zstd", level, tried)
         elif algorithm == "zlib":
-            data = ZLIB + zlib.compress(content, level)
+            tag, made = ZLIB, [zlib.compress(content, level) for content in tried]
         else:
             # A dictionary larger than any chunk would only cost whoever decompresses.
             chain = [{"id": lzma.FILTER_LZMA2, "preset": level, "dict_size": LIMIT}]
-            data = LZMA + lzma.compress(content, filters=chain)
-        return data if len(data) <= len(content) else None
+            tag, made = LZMA, [lzma.compress(content, filters=chain) for content in tried]
+        for position, content, data in zip(positions, tried, made, strict=True):
+            if len(data) < len(content):
+                results[position] = tag, data
+        return results
+
+    def _zstd(self, use: str, level: int, contents: list[Any]) -> list[bytes]:
+        # All by one call: among busy threads, each call waits for its turn to go on in Python.
+        if not contents:
+            return []
+        made = self._compressor(use, level).multi_compress_to_buffer(contents, threads=1)
+        return [made[position].tobytes() for position in range(len(made))]
 
     def _compressor(self, use: str, level: int) -> zstandard.ZstdCompressor:
         found: zstandard.ZstdCompressor | None = getattr(self._local, use, None)
@@ -302,6 +333,12 @@ class Codec:
         except (lzma.LZMAError, EOFError) as error:
             raise ChunkError(f"chunk {chunk.id.hex()} is damaged: {error}") from error
         return _whole(content, expander.eof and not expander.unused_data, chunk)
+
+
+def _sample(content: Content) -> bytes:
+    view = memoryview(content)
+    middle = (len(view) - PROBE_SIZE) // 2
+    return b"".join((view[:PROBE_SIZE], view[middle : middle + PROBE_SIZE], view[-PROBE_SIZE:]))
 
 
 def _whole(content: bytes, complete: bool, chunk: Chunk) -> bytes:

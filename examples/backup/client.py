@@ -3,8 +3,8 @@
     read (a thread) ─ batches ─┬─ ask which chunks are missing ─ compress (threads) ─ put ─┐
                                └───────────────── pages, in order ◄──── acknowledged ──────┘
 
-All of it runs at once. A batch's chunks are asked for in one question, several of them on their
-way. Only what is missing is compressed and put, many puts on their way. Its pages follow once all
+All of it runs at once. A batch's chunks are asked for in one question, many of them on their way.
+Only what is missing is compressed and put, many puts on their way. Its pages follow once all
 its chunks are acknowledged, in one stream that the server commits when it ends: so the snapshot
 appears whole, or not at all. As long as that stream is open, the server removes nothing that the
 backup counts on; so nothing is asked before it is.
@@ -13,8 +13,9 @@ What is known from the last backup is not read, and of pages that are as they we
 are sent (see `cache`). If the server does not have the last snapshot any more, or the connection
 breaks, all begins anew: what the server acknowledged is there and is not sent again.
 
-Memory is bounded by the number of batches between their reading and their acknowledgement: the
-reader waits for a free one. Every stage hands on to the next one and waits until it was taken.
+Memory is bounded by the blocks that content is read into, until it is known to be there or has been
+compressed: the reader waits for a free one. Every stage hands on to the next one and waits until it
+was taken.
 """
 
 import os
@@ -32,7 +33,7 @@ from druvarpc import Status
 
 from .attempts import attempted, causes
 from .cache import LastSnapshot, NextCache
-from .chunks import AUTO, Chunk, Codec, Compression
+from .chunks import AUTO, BLOCK_SIZE, Chunk, Codec, Compression, Content
 from .crypt import Keys, page_box
 from .errors import BackupError, CacheDamaged, KeyRefused
 from .reader import Batch, Progress, Reader
@@ -41,13 +42,19 @@ from .snapshots import Snapshot
 from .stages import in_order
 from .tree import Skipped
 
-# Batches in memory, of 8 MiB each. At a round trip of 80 ms, 64 MiB let an unchanged tree be read
-# at 800 MB/s, and 1 Gbit/s be filled with what compresses to a sixth.
-BATCHES = 8
+# Blocks in memory, of 1 MiB each. At a round trip of 80 ms, which a block waits for, they let 300
+# MB/s be read.
+BLOCKS = 32
 
 # Content that is compressed and put together. It becomes 0.2 to 1 MiB: small enough that several
 # are on their way, large enough that a call's cost does not matter.
 PUT_SIZE = 1024 * 1024
+
+# Batches that wait for their turn to be committed: pages, without content.
+BATCHES = 256
+
+# Threads that read: more would wait for the one that makes pages.
+MAX_READERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +120,9 @@ class _Put:
     """A part of a batch's missing chunks: their content, and then the chunks to be sent."""
 
     origin: _Sending
-    contents: list[tuple[bytes, bytes | memoryview]]
+    contents: list[tuple[bytes, Content]]
     chunks: list[Chunk] = field(default_factory=list)
+    is_last: bool = False
 
 
 async def back_up(
@@ -187,7 +195,8 @@ class _Run:
         self._options = options
         self._watch = watch
         self._codec = Codec(options.compression, options.keys)
-        self._free = trio.Semaphore(BATCHES)
+        self._free = trio.Semaphore(BLOCKS)
+        self._blocks: list[bytearray] = []
         self._begun = trio.Event()
         self._allowed = trio.Event()
         self.based = False
@@ -214,9 +223,9 @@ class _Run:
     async def _stages(
         self, root: bytes, name: str, last: LastSnapshot, following: NextCache
     ) -> Snapshot:
-        # What is in the channels is bounded by the free batches, so they never need to be full.
+        # What is offered is bounded by the free blocks, so that channel never is full.
         batches, to_commit = trio.open_memory_channel[_Sending](BATCHES)
-        offers, to_ask = trio.open_memory_channel[_Sending](BATCHES)
+        offers, to_ask = trio.open_memory_channel[_Sending](BLOCKS)
         missing, to_encode = trio.open_memory_channel[_Put](0)
         encoded, to_put = trio.open_memory_channel[_Put](0)
         options = self._options
@@ -229,6 +238,8 @@ class _Run:
             following,
             options.excluded,
             name,
+            lambda: trio.from_thread.run(self._block),
+            min(os.cpu_count() or 1, MAX_READERS),
         )
         self._watch(reader.progress)
         async with batches, trio.open_nursery() as nursery:
@@ -260,18 +271,30 @@ class _Run:
             await trio.to_thread.run_sync(reader.run)
             await batches.aclose()
 
+    async def _block(self) -> bytearray:
+        await self._free.acquire()
+        return self._blocks.pop() if self._blocks else bytearray(BLOCK_SIZE)
+
+    def _done(self, batch: Batch) -> None:
+        """Lets the batch's blocks be used again."""
+        batch.contents.clear()
+        for block in batch.blocks:
+            self._blocks.append(block)
+            self._free.release()
+        batch.blocks.clear()
+
     async def _deliver(
         self,
         batch: Batch,
         batches: trio.MemorySendChannel[_Sending],
         offers: trio.MemorySendChannel[_Sending],
     ) -> None:
-        await self._free.acquire()
         sending = _Sending(batch)
         await batches.send(sending)
         if batch.contents:
             await offers.send(sending)
         else:
+            self._done(batch)
             sending.acknowledged.set()
 
     async def _commit(
@@ -304,17 +327,18 @@ class _Run:
             async for positions in answers:
                 sending = asked.popleft()
                 puts = list(_cut(sending, positions))
-                sending.batch.contents.clear()
                 sending.unsent = len(puts)
                 if not puts:
+                    self._done(sending.batch)
                     sending.acknowledged.set()
                 for put in puts:
                     self.new_chunks += len(put.contents)
                     self.new_bytes += sum(len(content) for _, content in put.contents)
+                    put.is_last = put is puts[-1]
                     await sink.send(put)
 
     def _encode(self, put: _Put) -> _Put:
-        put.chunks = [self._codec.encode(id, content) for id, content in put.contents]
+        put.chunks = self._codec.encode_all(put.contents)
         put.contents.clear()
         return put
 
@@ -323,6 +347,8 @@ class _Run:
 
         async def puts() -> AsyncIterator[list[Chunk]]:
             async for put in source:
+                if put.is_last:
+                    self._done(put.origin.batch)
                 sent.append(put.origin)
                 self.stored_bytes += sum(len(chunk.data) for chunk in put.chunks)
                 yield put.chunks
@@ -340,7 +366,6 @@ class _Run:
         copied: list[int] = []
         async for sending in source:
             await sending.acknowledged.wait()
-            self._free.release()
             for skipped in sending.batch.skipped:
                 self.skipped += 1
                 self._watch(skipped)

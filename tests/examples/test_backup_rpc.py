@@ -116,8 +116,8 @@ async def test_only_what_is_new_is_sent(tmp_path, source):
         again = await back_up(client, os.fsencode(source), "name")
         after = client.statistics()
         assert again.new_chunks == 0
-        # A question for each batch of 8 MiB, whether there is a key, and the stream of pages.
-        assert after.calls_started - before.calls_started == 5
+        # A question for each batch of 8 blocks, whether there is a key, and the stream of pages.
+        assert after.calls_started - before.calls_started == 6
         assert after.bytes_sent - before.bytes_sent < 100_000
         with (source / "d/large").open("r+b") as large:
             large.seek(10_000_000)

@@ -4,7 +4,7 @@ import errno
 import os
 import subprocess
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -189,10 +189,10 @@ async def test_a_file_that_could_not_be_read_to_its_end_is_read_again(place, mon
     blocks = large.stat().st_blocks
     cut, bad = chunks.split, iter([False] * (good * 200) + [True])
 
-    def failing(fd: int, size: int) -> Iterator[bytes | memoryview]:
+    def failing(fd: int, size: int, take: Callable[[int], memoryview]) -> Iterator[chunks.Content]:
         if os.fstat(fd).st_blocks == blocks and next(bad, False):
             raise OSError(errno.EIO, "Input/output error")
-        yield from cut(fd, size)
+        yield from cut(fd, size, take)
 
     async with served(place.path / "store") as client:
         with monkeypatch.context() as patching:
