@@ -3,8 +3,9 @@
 What has been given to the kernel can't be overtaken any more, so it is to hold little that it
 hasn't sent yet (TCP_NOTSENT_LOWAT). But not too little: it asks for more when half of that is left,
 and what is left then must last until a task has been woken and has written. So the limit follows
-the rate at which the kernel sends, which it tells (TCP_INFO). Where it doesn't, as on other systems
-than Linux, what trio sets stays: 16 KiB.
+the rate at which the kernel sends, which it tells (TCP_INFO), and how long waking the task takes: in
+a process that computes that is longer, and shows by nothing being left when it writes. Where it
+doesn't tell, as on other systems than Linux, what trio sets stays: 16 KiB.
 
 BBR needs more. It sends at 2.9 times the rate that it has measured until that stops growing, and a
 round trip in which it ran out of data doesn't count, as the application may have had none. That
@@ -35,6 +36,10 @@ if sys.platform == "linux":
 
 # Seconds of sending that the kernel may hold: half of them must be enough to wake a task.
 UNSENT_TIME: Final = 0.002
+# By how much that grows, at most, for a process that is late; and what it keeps of that each time
+# that it was not.
+MOST_LATE: Final = 16.0
+TIMELY: Final = 0.97
 # The same while a congestion control probes, which shows by sending so much faster than arrives.
 PROBING_UNSENT_TIME: Final = 0.020
 PROBING: Final = 1.5
@@ -83,12 +88,22 @@ class Pacing:
         cap: bytes a second that it may send, `NO_CAP` for any number.
     """
 
-    __slots__ = ("_bbr", "_fastest", "_fastest_at", "_held_until", "_rate", "cap", "unsent")
+    __slots__ = (
+        "_bbr",
+        "_fastest",
+        "_fastest_at",
+        "_held_until",
+        "_late",
+        "_rate",
+        "cap",
+        "unsent",
+    )
 
     def __init__(self, *, bbr: bool) -> None:
         self.unsent = LEAST_UNSENT
         self.cap = NO_CAP
         self._bbr = bbr
+        self._late = 1.0
         self._rate = 0.0  # the greatest that arrived lately
         self._fastest = 0.0  # the greatest of this start-up
         self._fastest_at = 0.0
@@ -103,6 +118,7 @@ class Pacing:
         *,
         queued: bool,
         gentle: bool,
+        dry: bool = False,
     ) -> None:
         """Set the limits anew.
 
@@ -113,9 +129,13 @@ class Pacing:
             arriving: those that arrive, 0 if that isn't known yet.
             queued: whether there is a queue on the way.
             gentle: whether what is sent should make no queue on the way.
+            dry: whether there was a moment with nothing to send, for lack of a task that writes.
         """
+        self._late = min(2 * self._late, MOST_LATE) if dry else max(TIMELY * self._late, 1.0)
         probing = sending > PROBING * arriving
-        unsent_time = PROBING_UNSENT_TIME if probing else UNSENT_TIME
+        unsent_time = UNSENT_TIME * self._late
+        if probing:
+            unsent_time = max(unsent_time, PROBING_UNSENT_TIME)
         self.unsent = max(LEAST_UNSENT, min(int(sending * unsent_time), MOST_UNSENT))
         self._rate = max(FORGET * self._rate, arriving)
         if now < self._held_until:
@@ -155,6 +175,7 @@ class SendBuffer:
 
     __slots__ = (
         "_capped_to",
+        "_dry",
         "_long",
         "_pacing",
         "_socket",
@@ -170,6 +191,7 @@ class SendBuffer:
         self.patience = math.inf
         self.unsent = LEAST_UNSENT
         self._capped_to = NO_CAP
+        self._dry = False
         self._socket = connected
         self._tune_in = 1
         self._pacing: Pacing | None = None  # made when the congestion control has been chosen
@@ -182,15 +204,23 @@ class SendBuffer:
         """
         if self.patience == math.inf:
             return True  # the kernel's own word is good enough
+        left = self._left()
+        return left is None or left <= self.unsent // 2
+
+    def _left(self) -> int | None:
+        """Return how many bytes are unsent, None if it isn't told."""
         try:
             (unsent,) = _BYTES.unpack(ioctl(self._socket, _SIOCOUTQNSD, _NO_BYTES))
         except OSError:  # a sandbox that knows sockets only
             self.patience = math.inf
-            return True
-        return bool(unsent <= self.unsent // 2)
+            return None
+        assert isinstance(unsent, int)
+        return unsent
 
     def tune(self) -> bool:
         """Follow the rate, to be called whenever the kernel asks for more; return if it changed."""
+        if self.patience < math.inf and self._left() == 0:
+            self._dry = True
         self._tune_in -= 1
         if self._tune_in:
             return False
@@ -220,7 +250,9 @@ class SendBuffer:
             arriving,
             queued=rtt > QUEUED * least_rtt,
             gentle=self.gentle,
+            dry=self._dry,
         )
+        self._dry = False
         if not 0.97 * self._capped_to <= pacing.cap <= 1.03 * self._capped_to:
             value = struct.pack("=I", pacing.cap)
             connected.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, value)
