@@ -3,9 +3,9 @@
 What has been given to the kernel can't be overtaken any more, so it is to hold little that it
 hasn't sent yet (TCP_NOTSENT_LOWAT). But not too little: it asks for more when half of that is left,
 and what is left then must last until a task has been woken and has written. So the limit follows
-the rate at which the kernel sends, which it tells (TCP_INFO), and how long waking the task takes: in
-a process that computes that is longer, and shows by nothing being left when it writes. Where it
-doesn't tell, as on other systems than Linux, what trio sets stays: 16 KiB.
+the rate at which the kernel sends, which it tells (TCP_INFO), and how long waking the task takes:
+longer in a process that computes, which shows by nothing being left when it writes. Where the
+kernel doesn't tell, as on other systems than Linux, what trio sets stays: 16 KiB.
 
 BBR needs more. It sends at 2.9 times the rate that it has measured until that stops growing, and a
 round trip in which it ran out of data doesn't count, as the application may have had none. That

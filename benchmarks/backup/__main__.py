@@ -4,6 +4,7 @@ It needs root, for network namespaces. See ../README.md.
 """
 
 import argparse
+import compileall
 import json
 import subprocess
 import sys
@@ -39,6 +40,8 @@ def run(source: Path, rounds: int, places: list[str], size: int, work: Path) -> 
     """Measure, and return what is to be kept."""
     progress(f"copying files of {source}")
     tree = build(source, work / "tree", size)
+    for package in ("druvarpc", "examples"):
+        compileall.compile_dir(ROOT / package, quiet=1)
     kept: dict[str, Any] = {
         "environment": around(rounds),
         "tree": {**asdict(tree), "path": source.name, "source": described(source)},

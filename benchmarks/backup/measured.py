@@ -142,11 +142,13 @@ def serving(command: Command, place: Place) -> Generator[int, None, None]:
 
 
 def started(command: Command, place: Place, side: str, said: int) -> subprocess.Popen[bytes]:
-    """Start a command on one side."""
+    """Start a command on one side, as it would be installed: with what Python has compiled."""
+    environment = {**os.environ, **command.environment}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     return subprocess.Popen(
         place.inside(side, command.argv),
         cwd=command.cwd,
-        env={**os.environ, **command.environment},
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=said,
         stderr=said,

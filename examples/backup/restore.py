@@ -36,8 +36,8 @@ from .spool import Spool
 from .target import Target
 from .tree import Entry, Skipped
 
-# Loads in memory: 64 MiB of content, which fill 1 Gbit/s over 80 ms at any usual compression.
-LOADS = 64
+# Loads in memory: 40 MiB of content, which fill 1 Gbit/s over 80 ms at any usual compression.
+LOADS = 40
 
 
 @dataclass(frozen=True, slots=True)

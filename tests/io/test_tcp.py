@@ -56,6 +56,51 @@ def test_more_may_be_unsent_while_it_probes():
     assert pacing.unsent == 240_000
 
 
+def test_more_may_be_unsent_in_a_process_that_is_late():
+    pacing = Pacing(bbr=True)
+
+    def unsent(dry: bool) -> int:
+        pacing.follow(0, RTT, 12 * MB, 12 * MB, queued=False, gentle=False, dry=dry)
+        return pacing.unsent
+
+    assert [unsent(True) for _ in range(6)] == [48_000, 96_000, 192_000, 384_000, 384_000, 384_000]
+    assert unsent(False) < 384_000
+    for _ in range(200):
+        unsent(False)
+    assert unsent(False) == 24_000
+
+
+def test_a_socket_that_ran_dry_is_noticed(connection, monkeypatch):
+    near, far = connection
+    near.setblocking(False)
+    noticed: list[bool] = []
+    monkeypatch.setattr(Pacing, "follow", lambda *_, dry, **__: noticed.append(dry))
+    buffer = SendBuffer(near, long=0)
+
+    def tune() -> None:
+        for _ in range(TUNE_EVERY):
+            buffer.tune()
+
+    def fill() -> None:
+        with suppress(BlockingIOError):
+            while True:
+                near.send(bytes(64 * 1024))
+
+    def drain() -> None:
+        while unsent(near):
+            far.recv(1 << 20)
+
+    fill()
+    tune()  # learns that the way is long enough
+    tune()
+    drain()
+    buffer.tune()
+    fill()
+    tune()  # once of eight times
+    tune()
+    assert noticed[1:4] == [False, True, False]
+
+
 def test_a_start_up_that_does_not_end_is_held_back():
     pacing = Pacing(bbr=True)
     capped = []
