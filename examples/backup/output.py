@@ -56,6 +56,7 @@ class Output:
         self._lock = threading.Lock()
         self._written = 0
         self._end = 0
+        self._length = 0  # of what was written, holes aside
 
     def write(self, offset: int, content: bytes | memoryview) -> None:
         """Writes a piece, in any order and from any thread.
@@ -73,7 +74,9 @@ class Output:
                 done += os.pwrite(self._fd, memoryview(content)[done:], offset + done)
         except OSError as error:
             raise RestoreError(path, error.strerror or str(error)) from error
-        self._count(offset, count)
+        with self._lock:
+            self._length = max(self._length, offset + count)
+            self._count(offset, count)
 
     def skip(self, offset: int, size: int) -> None:
         """Leaves a hole, as a piece.
@@ -83,7 +86,8 @@ class Output:
         """
         if offset < 0 or size < 0 or offset + size > self._entry.size:
             raise RestoreError(self._entry.path, "a piece lies outside the file")
-        self._count(offset, size)
+        with self._lock:
+            self._count(offset, size)
 
     def finish(self, last: Entry | None = None) -> None:
         """Checks that the file is whole, sets its attributes, and closes it.
@@ -103,8 +107,8 @@ class Output:
                     entry.path,
                     f"{self._written} bytes written, up to {self._end}; it has {size}",
                 )
-            # The file may end with a hole.
-            os.ftruncate(self._fd, size)
+            if self._length < size:  # it ends with a hole
+                os.ftruncate(self._fd, size)
             set_attributes(self._fd, entry, self._rules, self._report)
         except (OSError, OverflowError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -119,9 +123,8 @@ class Output:
             os.close(fd)
 
     def _count(self, offset: int, size: int) -> None:
-        with self._lock:
-            self._written += size
-            self._end = max(self._end, offset + size)
+        self._written += size
+        self._end = max(self._end, offset + size)
 
 
 def has_attributes(file: int, entry: Entry, rules: Rules) -> bool:
