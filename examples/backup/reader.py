@@ -324,13 +324,17 @@ class Reader:
         self._end(found.path)
 
     def _other(self, found: Found) -> None:
+        told = self._cache.stat(found)
         try:
             entry = tree.describe(self._root, found)
         except OSError as error:
             self._skip(found.path, error.strerror or str(error))
-            return
+            if not stat.S_ISDIR(found.status.st_mode):
+                return
+            # What is in it may be in the backup, and needs it.
+            entry, told = tree.without_attributes(found), told._replace(facts=())
         self._entries.append(entry)
-        self._stats.append(self._cache.stat(found))
+        self._stats.append(told)
         self._weight += weight(entry)
         if entry.kind is Kind.FILE:
             self._count(found.path, entry.size)

@@ -235,6 +235,11 @@ def describe(root: bytes, found: Found) -> Entry:
     return _entry(found.path, found.status, xattrs, target, found.link)
 
 
+def without_attributes(found: Found) -> Entry:
+    """Returns the entry of a directory whose extended attributes cannot be read."""
+    return _entry(found.path, found.status, ())
+
+
 @contextmanager
 def opened(root: bytes, path: bytes) -> Iterator[tuple[int, Entry, os.stat_result]]:
     """Opens a file; yields its descriptor, its entry without its chunks, and its status.

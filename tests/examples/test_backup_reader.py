@@ -1,5 +1,6 @@
 """Reading a tree: while it changes, where it may not be read, and in how much memory."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -214,6 +215,24 @@ def test_what_may_not_be_read_is_reported_and_the_rest_goes_on(tmp_path):
     }
     # The directory itself is known.
     assert [entry.path for entry in entries(batches)] == [b"", b"a", b"shut", b"z"]
+
+
+def test_a_directory_whose_attributes_cannot_be_read_has_what_is_in_it(tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir(mode=0o750)
+    (tmp_path / "d" / "file").write_bytes(b"content")
+    listed = os.listxattr
+
+    def failing(file: bytes | int, *, follow_symlinks: bool = True) -> list[str]:
+        if file == os.fsencode(tmp_path / "d"):
+            raise OSError(errno.EIO, "Input/output error")
+        return listed(file, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(os, "listxattr", failing)
+    batches = read(tmp_path, lambda _: None)
+    assert skipped(batches) == [Skipped(b"d", "Input/output error")]
+    found = {entry.path: entry for entry in entries(batches)}
+    assert [*found] == [b"", b"d", b"d/file"]
+    assert (found[b"d"].mode, found[b"d"].xattrs) == (0o750, ())
 
 
 def test_many_small_files_are_delivered_before_they_are_all_read(tmp_path):
