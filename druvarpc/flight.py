@@ -374,15 +374,15 @@ class Flight:
         self.calls[again] = self.calls.pop(call)
         return again
 
-    async def changed(self) -> None:
-        """Wait until there may be room, a result to take, or a call to restart."""
+    async def changed(self, *, restarts: bool = True) -> None:
+        """Wait until there may be room, a result to take, or, if asked for, a call to restart."""
         if self._ordered and self._turns:
             first = self._latest.get(self._turns[0], self._turns[0])
             if first is not None and first.on_done is self._pop:
                 first.on_done = self._first_done
         self._waiting += 1
         try:
-            if not self.later:
+            if not (restarts and self.later):
                 await self._changed.park()
                 return
             with trio.CancelScope(deadline=self.later[0][0]):

@@ -128,7 +128,8 @@ async def _feed(
             async with closing(arguments):
                 async for argument in arguments:
                     while not flight.has_room:
-                        await flight.changed()
+                        # Calls are restarted by who takes the results, which may take its time.
+                        await flight.changed(restarts=False)
                     flight.add(argument)
                     if not flight.started % PORTION:
                         await trio.lowlevel.checkpoint()

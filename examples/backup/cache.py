@@ -14,6 +14,7 @@ server to say. Losing it costs time, and nothing else.
 """
 
 import hashlib
+import math
 import os
 import stat
 import time
@@ -202,9 +203,14 @@ class LastSnapshot:
             raise CacheDamaged("an entry is not where it should be")
         return found
 
-    def forget(self, page: int) -> None:
-        """Lets go of this page and those before it: nobody asks for what is in them any more."""
-        for number in [number for number in self._records if number <= page]:
+    @property
+    def reached(self) -> float:
+        """The page of what comes next; infinite if nothing does."""
+        return math.inf if self._next is None else self._next.page
+
+    def forget(self, page: float) -> None:
+        """Lets go of the pages before this one: nobody asks for what is in them any more."""
+        for number in [number for number in self._records if number < page]:
             del self._records[number]
 
     def _advance(self) -> Known | None:

@@ -202,12 +202,13 @@ class Catalogue:
             )
 
     def add_pages(self, pages: Sequence[Page]) -> list[int]:
-        # As in `find`. What waits is not condemned.
-        gathered = self._gathered
-        ids = [id for id in {id for page in pages for id in page.ids()} if id not in gathered]
+        named = {id for page in pages for id in page.ids()}
         numbers = []
         # It need not be written first: without a snapshot, these pages are garbage after a crash.
         with self._database.writing() as db:
+            # What waits is not condemned, and stays so, as nobody else writes now.
+            gathered = self._gathered
+            ids = [id for id in named if id not in gathered]
             known: dict[bytes, int] = {}
             for batch in _batches(ids):
                 known.update(
@@ -315,7 +316,9 @@ class Catalogue:
             _set_fact(db, "key", wrapped)
 
     def check(self) -> list[str]:
-        self._settle()
+        # On a full disk, too, damage is told of.
+        with suppress(CatalogueError):
+            self._settle()
         found = self._database.check()
         with self._database.reading() as db:
             for number, ends, used, count, content, digest in db.execute(

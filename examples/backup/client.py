@@ -50,6 +50,9 @@ BLOCKS = 32
 # are on their way, large enough that a call's cost does not matter.
 PUT_SIZE = 1024 * 1024
 
+# Pages that are sent together, in bytes.
+PIECES_SIZE = 1024 * 1024
+
 # Batches that wait for their turn to be committed: pages, without content.
 BATCHES = 256
 
@@ -112,6 +115,7 @@ class _Sending:
 
     batch: Batch
     unsent: int = 0
+    is_done: bool = False  # its contents are
     acknowledged: trio.Event = field(default_factory=trio.Event)
 
 
@@ -197,6 +201,7 @@ class _Run:
         self._codec = Codec(options.compression, options.keys)
         self._free = trio.Semaphore(BLOCKS)
         self._blocks: list[bytearray] = []
+        self._delivered: deque[_Sending] = deque()  # their blocks are in use, or those before them
         self._begun = trio.Event()
         self._allowed = trio.Event()
         self.based = False
@@ -275,13 +280,14 @@ class _Run:
         await self._free.acquire()
         return self._blocks.pop() if self._blocks else bytearray(BLOCK_SIZE)
 
-    def _done(self, batch: Batch) -> None:
-        """Lets the batch's blocks be used again."""
-        batch.contents.clear()
-        for block in batch.blocks:
-            self._blocks.append(block)
-            self._free.release()
-        batch.blocks.clear()
+    def _done(self, sending: _Sending) -> None:
+        """Lets the batch's blocks be used again, after those of the batches before."""
+        sending.batch.contents.clear()
+        sending.is_done = True
+        while self._delivered and self._delivered[0].is_done:
+            for block in self._delivered.popleft().batch.blocks:
+                self._blocks.append(block)
+                self._free.release()
 
     async def _deliver(
         self,
@@ -290,11 +296,12 @@ class _Run:
         offers: trio.MemorySendChannel[_Sending],
     ) -> None:
         sending = _Sending(batch)
+        self._delivered.append(sending)
         await batches.send(sending)
         if batch.contents:
             await offers.send(sending)
         else:
-            self._done(batch)
+            self._done(sending)
             sending.acknowledged.set()
 
     async def _commit(
@@ -329,7 +336,7 @@ class _Run:
                 puts = list(_cut(sending, positions))
                 sending.unsent = len(puts)
                 if not puts:
-                    self._done(sending.batch)
+                    self._done(sending)
                     sending.acknowledged.set()
                 for put in puts:
                     self.new_chunks += len(put.contents)
@@ -348,7 +355,7 @@ class _Run:
         async def puts() -> AsyncIterator[list[Chunk]]:
             async for put in source:
                 if put.is_last:
-                    self._done(put.origin.batch)
+                    self._done(put.origin)
                 sent.append(put.origin)
                 self.stored_bytes += sum(len(chunk.data) for chunk in put.chunks)
                 yield put.chunks
@@ -369,7 +376,8 @@ class _Run:
             for skipped in sending.batch.skipped:
                 self.skipped += 1
                 self._watch(skipped)
-            pieces = []
+            pieces: list[Piece] = []
+            size = 0
             for page in sending.batch.pages:
                 if isinstance(page, int):
                     if copied and page != copied[-1] + 1:
@@ -380,6 +388,10 @@ class _Run:
                     await self._allowed.wait()
                     pieces.append(Piece(copied[0] if copied else 0, len(copied), page))
                     copied.clear()
+                    size += len(page.data) + len(page.chunks)
+                    if size >= PIECES_SIZE:
+                        yield pieces
+                        pieces, size = [], 0
             if pieces:
                 yield pieces
         if copied:

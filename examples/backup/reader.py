@@ -1,10 +1,10 @@
 """A tree, read for a backup: its pages, and the content of chunks that may have to be sent.
 
 Everything comes in batches. What memory is counted in are blocks: content is read into blocks, and
-a batch has what was read into some; whoever takes the batch has them, and uses them again. Only
-the ids of recent chunks are remembered, so that a chunk is offered once
-where it occurs several times. One that was forgotten is offered again, and the server will say that
-it has it.
+a block comes with the last batch that has content of it. Whoever takes the batches, in their order,
+has the block then, and uses it again. Only the ids of recent chunks are remembered, so that a chunk
+is offered once where it occurs several times. One that was forgotten is offered again, and the
+server will say that it has it.
 
 Reading, cutting and hashing are done by several threads: small files some at a time, of large ones
 the hashing. One thread goes ahead of them, takes what they have read in the order of the tree, and
@@ -14,6 +14,7 @@ What is as it was in the last snapshot (see `cache`) is not opened. The server h
 keeps the last snapshot, as the new one's base, until the new one is there.
 """
 
+import math
 import os
 import stat
 from collections import OrderedDict, deque
@@ -29,6 +30,7 @@ from .crypt import Box
 from .links import Links
 from .manifest import Sums, manifest
 from .pages import MAX_ENTRIES, MAX_WEIGHT, Page, encode, is_last, weight
+from .service import MAX_IDS
 from .tree import HOLE, MAX_TIME, Entry, Found, Kind, Skipped
 
 # Blocks of one batch: some hundred chunks, so many ids in one question.
@@ -67,7 +69,7 @@ class Batch:
         contents: The content of chunks that were not in earlier batches, by their ids.
         skipped: What could not be read.
         size: How much was read for it, in bytes.
-        blocks: What the contents are in.
+        blocks: What contents of this and earlier batches are in, and none of later ones.
     """
 
     pages: list[Page | int] = field(default_factory=list)
@@ -124,8 +126,6 @@ class _Block:
         return size <= len(self._free)
 
     def take(self, size: int) -> memoryview:
-        if not self.fits(size):
-            return new_block(size)  # for a file that has grown
         taken, self._free = self._free[:size], self._free[size:]
         return taken
 
@@ -138,7 +138,10 @@ class _Run:
         self.files: list[Found] = []
         self.size = 0
         self.block: _Block | None = None
+        # Not of those that have grown beyond their place.
         self.read: dict[bytes, _Read | OSError] = {}
+        # The page of the last snapshot that what comes later may be known of, or a later one.
+        self.reached = math.inf
         # Whether what comes later may be a link of the last one.
         self.is_linked = False
 
@@ -272,23 +275,22 @@ class Reader:
         for found in tree.scan(self._root, self._excluded, self._links):
             known = [] if isinstance(found, Skipped) else self._last.find(found)
             if not run.add(found, known):
-                yield self._with_block(run)
+                yield self._ready(run)
                 run = _Run()
                 run.add(found, known)
             if run.is_large or run.is_linked:
-                yield self._with_block(run)
+                yield self._ready(run)
                 run = _Run()
-        yield run
+        yield self._ready(run)
 
-    def _with_block(self, run: _Run) -> _Run:
+    def _ready(self, run: _Run) -> _Run:
+        run.reached = self._last.reached
         if run.size and not run.is_large:
             run.block = _Block(self._new_block())
         return run
 
     def _take(self, run: _Run) -> None:
         """Takes what the threads have read, and reads what is large."""
-        if run.block is not None:
-            self._batch.blocks.append(run.block.memory)
         for found, known in run.entries:
             if isinstance(found, Skipped):
                 self._batch.skipped.append(found)
@@ -307,8 +309,8 @@ class Reader:
                 self._large(found)
             else:
                 self._other(found)
-        if run.block is not None:
-            self._end_block()
+        self._end_block(run.block)
+        self._last.forget(min(run.reached, math.inf if self._page is None else self._page))
 
     def _known(self, found: Found, pieces: list[Known]) -> None:
         for known in pieces:
@@ -344,14 +346,18 @@ class Reader:
         """Reads the small files of a run, in one of the threads."""
         if not run.is_large:
             take = new_block if run.block is None else run.block.take
-            run.read = {found.path: self._read_file(found, take) for found in run.files}
+            for found in run.files:
+                if (read := self._read_file(found, take)) is not None:
+                    run.read[found.path] = read
         return run
 
-    def _read_file(self, found: Found, take: Callable[[int], memoryview]) -> _Read | OSError:
+    def _read_file(self, found: Found, take: Callable[[int], memoryview]) -> _Read | OSError | None:
         told = self._cache.stat(found)
         notes: list[str] = []
         try:
             with tree.opened(self._root, found.path) as (fd, entry, before):
+                if before.st_size > found.status.st_size:
+                    return None
                 contents = _contents(fd, before, take)
                 pieces = list(_as_far(map(self._piece, contents), notes))
                 return _Read(told, entry, before, os.fstat(fd), pieces, notes)
@@ -378,11 +384,8 @@ class Reader:
             return group.block, [self._piece(content) for content in group.contents]
 
         for block, pieces in self._ahead(hashed, groups):
-            if block is not None:
-                self._batch.blocks.append(block.memory)
             yield from pieces
-            if block is not None:
-                self._end_block()
+            self._end_block(block)
 
     def _groups(self, fd: int, status: os.stat_result) -> Iterator[_Group]:
         failed: OSError | None = None
@@ -472,6 +475,7 @@ class Reader:
             if len(self._seen) > REMEMBERED:
                 self._seen.popitem(last=False)
             self._batch.contents[id] = content
+            self._end_batch()
         self._batch.size += len(content)
 
     def _skip(self, path: bytes, reason: str) -> None:
@@ -502,16 +506,19 @@ class Reader:
             self._cache.add(self._stats, page)
         if self._box is not None:
             self._sums.add(page)
-        if number is not None:
-            # More of this one may come.
-            self._last.forget(number - 1)
         self._entries, self._stats, self._weight, self._page = [], [], 0, None
-        # What is in a block comes in one batch, so that it can be told when the block is free.
-        if not self._batch.blocks:
-            self._end_block()
+        self._end_batch()
 
-    def _end_block(self) -> None:
-        if len(self._batch.blocks) >= BATCH_BLOCKS or len(self._batch.pages) >= BATCH_PAGES:
+    def _end_block(self, block: _Block | None) -> None:
+        if block is not None:
+            self._batch.blocks.append(block.memory)
+            self._end_batch()
+
+    def _end_batch(self) -> None:
+        """Delivers the batch if it is full."""
+        batch = self._batch
+        full = len(batch.blocks) >= BATCH_BLOCKS or len(batch.contents) >= MAX_IDS
+        if full or len(batch.pages) >= BATCH_PAGES:
             self._next_batch()
 
     def _decoded(self) -> Iterator[Entry]:

@@ -14,7 +14,7 @@ import pytest
 from examples.backup import pages, tree
 from examples.backup.cache import LastSnapshot, NextCache
 from examples.backup.chunks import BLOCK_SIZE, Codec
-from examples.backup.reader import BATCH_PAGES, BATCH_SIZE, Batch, Reader
+from examples.backup.reader import BATCH_BLOCKS, BATCH_PAGES, BATCH_SIZE, Batch, Reader
 from examples.backup.service import MAX_IDS
 from examples.backup.tree import HOLE, MAX_TIME, Entry, Skipped, check_last, check_next
 
@@ -242,6 +242,50 @@ def test_many_small_files_are_delivered_before_they_are_all_read(tmp_path):
     assert len(entries(batches)) == 5001
     assert all(len(batch.pages) <= BATCH_PAGES for batch in batches)
     assert len(batches) > 5
+
+
+def test_entries_without_content_are_delivered_though_a_small_file_came_first(tmp_path):
+    (tmp_path / "a").write_bytes(b"content")
+    for number in range(3000):
+        (tmp_path / f"link{number}").symlink_to("a")
+    batches = read(tmp_path, lambda _: None)
+    assert len(entries(batches)) == 3002
+    assert all(len(batch.pages) <= BATCH_PAGES for batch in batches)
+
+
+def test_a_small_file_that_has_grown_is_read_into_blocks(tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"content")
+
+    def grow() -> None:
+        (tmp_path / "b").write_bytes(b"content" + os.urandom(3 * BATCH_SIZE))
+
+    before_it_is_opened(monkeypatch, b"b", grow)
+    batches = read(tmp_path, lambda _: None)
+    found = {entry.path: entry.size for entry in entries(batches) if entry.path}
+    assert found == {b"a": 7, b"b": 7 + 3 * BATCH_SIZE, b"c": 7}
+    assert max(batch.size for batch in batches) <= BATCH_SIZE
+    assert sum(len(batch.blocks) for batch in batches) > 3 * BATCH_BLOCKS
+
+
+def test_no_batch_of_a_sparse_file_has_more_chunks_than_one_question_may(tmp_path, monkeypatch):
+    with (tmp_path / "sparse").open("wb") as file:
+        for number in range(2 * MAX_IDS):
+            file.seek(number * 8192)
+            file.write(number.to_bytes(4, "big"))
+
+    def extents(fd: int, size: int) -> Iterator[tuple[int, bool]]:
+        """Those of a file system with blocks of 1 KiB."""
+        for start in range(0, size, 8192):
+            os.lseek(fd, start, os.SEEK_SET)
+            yield min(1024, size - start), False
+            if start + 1024 < size:
+                yield 7168, True
+
+    monkeypatch.setattr(tree, "extents", extents)
+    batches = read(tmp_path, lambda _: None)
+    assert max(len(batch.contents) for batch in batches) == MAX_IDS
+    assert sum(len(batch.contents) for batch in batches) == 2 * MAX_IDS
 
 
 def test_no_batch_has_more_chunks_than_one_question_may(tmp_path):

@@ -17,6 +17,7 @@ import druvarpc
 from druvarpc.testing import connected
 from examples.backup import cache as caches
 from examples.backup import chunks, reader
+from examples.backup.cache import Known, LastSnapshot
 from examples.backup.chunks import MAX_SIZE
 from examples.backup.client import Backup, Options, back_up
 from examples.backup.crypt import Keys
@@ -24,7 +25,7 @@ from examples.backup.restore import Options as RestoreOptions
 from examples.backup.restore import restore
 from examples.backup.server import StoreService
 from examples.backup.store import Store
-from examples.backup.tree import PART_CHUNKS
+from examples.backup.tree import PART_CHUNKS, Found
 from tests.examples.trees import described, names, plant, trees
 
 
@@ -282,3 +283,24 @@ async def test_a_file_of_many_pages(tmp_path):
             file.write(b"changed")
         assert (await place.back_up(client)).new_chunks == 1
         assert await place.restored(client) == described(place.source)
+
+
+async def test_of_a_cache_whose_entries_all_changed_little_is_in_memory(place, monkeypatch):
+    for number in range(2000):
+        (place.source / f"other{number}").write_bytes(b"content")
+    most, find = 0, LastSnapshot.find
+
+    def watched(last: LastSnapshot, found: Found) -> list[Known]:
+        nonlocal most
+        most = max(most, len(last._records))
+        return find(last, found)
+
+    async with served(place.path / "store") as client:
+        await place.back_up(client)
+        with LastSnapshot(place.cache) as last:
+            pages = 1 + max(known.page for known in last._stream)
+        monkeypatch.setattr(LastSnapshot, "find", watched)
+        for path in place.source.rglob("*"):
+            os.utime(path, ns=(0, 0), follow_symlinks=False)
+        assert (await place.back_up(client)).unchanged == 0
+    assert 0 < most < pages / 2

@@ -757,6 +757,27 @@ async def test_refused_calls_whose_connection_is_lost_meanwhile_begin_on_the_nex
         assert now() < 3
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_a_source_waits_while_nobody_takes_the_results(autojump_clock, ordered):
+    """Not even once in a while does it look: under this clock it would do so for ever."""
+
+    async def names() -> AsyncIterator[str]:
+        for number in range(100):
+            yield f"{number}"
+
+    limits = druvarpc.Limits(total_calls=5)
+    async with connected([Crowded()], server_limits=limits) as client:
+        stub = client.stub(Fickle, retry=Retry(attempts=10))
+        got = []
+        results = druvarpc.windowed(stub.do, names(), window=20, ordered=ordered)
+        async with aclosing(results) as found:
+            async for name in found:
+                got.append(name)
+                if len(got) in (1, 6, 20):
+                    await trio.sleep(10)  # those refused could begin again
+        assert sorted(got, key=int) == [f"{number}" for number in range(100)]
+
+
 class Turns(Fickle):
     """Takes 5 s for the call "long"; refuses others at first, with a pause of 3 s."""
 
