@@ -1,6 +1,6 @@
 """A backup, as a pipeline from a tree to a snapshot.
 
-    read (a thread) ─ batches ─┬─ ask which chunks are missing ─ compress (threads) ─ put ─┐
+    read (threads) ── batches ─┬─ ask which chunks are missing ─ compress (threads) ─ put ─┐
                                └───────────────── pages, in order ◄──── acknowledged ──────┘
 
 All of it runs at once. A batch's chunks are asked for in one question, many of them on their way.
