@@ -138,7 +138,7 @@ class _Run:
         self.files: list[Found] = []
         self.size = 0
         self.block: _Block | None = None
-        # Not of those that have grown beyond their place.
+        # Files that have grown are not in it: there is no room for them in the block.
         self.read: dict[bytes, _Read | OSError] = {}
         # The page of the last snapshot that what comes later may be known of, or a later one.
         self.reached = math.inf
@@ -203,7 +203,6 @@ class Reader:
     ) -> None:
         self._new_block = block
         self._threads = threads
-        self._most_reading = threads + AHEAD
         self._root = root
         self._name = name
         self._sums = Sums()
@@ -378,7 +377,7 @@ class Reader:
         self._file(found, told, parts, before, after, notes)
 
     def _pieces(self, groups: Iterator[_Group]) -> Iterator[_Piece]:
-        """Yields the pieces of a large file, hashed by the threads; a batch for each group."""
+        """Yields the pieces of a large file, hashed by the threads."""
 
         def hashed(group: _Group) -> tuple[_Block | None, list[_Piece]]:
             return group.block, [self._piece(content) for content in group.contents]
@@ -388,6 +387,7 @@ class Reader:
             self._end_block(block)
 
     def _groups(self, fd: int, status: os.stat_result) -> Iterator[_Group]:
+        """Reads a large file. If it cannot be read to its end, what could comes first."""
         failed: OSError | None = None
         groups = [_Group(None, [])]  # those that are not yielded yet: the last, and the one before
 
