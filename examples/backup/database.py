@@ -28,25 +28,18 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from struct import Struct
 
 from blake3 import blake3
 
 from .errors import CatalogueError
 from .files import FILES, Files
-from .wal import log_damage, page_size
+from .wal import FRAME, HEADER, log_damage, page_size
 
 # Nobody else has the database open, apart from a person looking at it.
 BUSY_TIMEOUT = 10.0
 
 # At how many bytes of log a checkpoint is made: what a crash leaves to be read again at the start.
 LOG_LIMIT = 8 * 1024 * 1024
-
-# Of the log's format (sqlite.org/fileformat2.html, "WAL File Format"): the header's length, where
-# its salt is, and a frame's header: page number, pages after the commit, salt, checksum.
-LOG_HEADER = 32
-LOG_SALT = slice(16, 24)
-FRAME = Struct(">II8s8s")
 
 SUMS_MAGIC = b"drvsums\1"
 SUM_SIZE = 8
@@ -272,10 +265,12 @@ class _Checkpoints:
         except FileNotFoundError:
             return set()
         try:
-            header = self._files.read(fd, LOG_HEADER, 0)
-            salt, offset, found = header[LOG_SALT], LOG_HEADER, set()
+            header, found = self._files.read(fd, HEADER.size, 0), set[int]()
+            if len(header) < HEADER.size:
+                return found
+            salt, offset = HEADER.unpack(header)[4], HEADER.size
             while len(frame := self._files.read(fd, FRAME.size, offset)) == FRAME.size:
-                number, _, own, _ = FRAME.unpack(frame)
+                number, _, own, *_ = FRAME.unpack(frame)
                 if own != salt:
                     break  # Left over from before the log was begun anew.
                 found.add(number)
